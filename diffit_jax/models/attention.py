@@ -1,0 +1,170 @@
+"""Time-dependent multi-head self-attention, TMSA (DiffiT, section 3.2).
+
+With spatial tokens x_s [n, c], one time token x_t [ct] for all of them, and
+per head of width d:
+
+  q_s = x_s W_qs + x_t W_qt      (3)
+  k_s = x_s W_ks + x_t W_kt      (4)
+  v_s = x_s W_vs + x_t W_vt      (5)
+  TMSA = softmax(q_s k_s^T / sqrt(d) + B) v_s      (6)
+
+B is a learned relative position bias [heads, n, n], the same for every sample.
+As in the released code, both linear maps carry a bias vector, a linear map
+follows the merged heads, and d is the head width (the paper calls it "a scaling
+factor"). Windowed attention cuts the tokens into non-overlapping squares that
+do not see each other; the time token is the same in each.
+"""
+
+import einops
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffit_jax.errors import UserError
+
+XAVIER = nn.initializers.xavier_uniform()
+
+
+def relative_position_bias(table: jax.Array, side: int) -> jax.Array:
+  """Spreads the table of relative offsets over all pairs of tokens.
+
+  bias[h, n, m] = table[(row_n - row_m + side - 1) (2 side - 1)
+                        + (col_n - col_m + side - 1), h]
+  for tokens numbered along rows. Done axis by axis with pads and reshapes, so
+  that neither a gather nor, in the gradient, a scatter stands in the step.
+
+  Args:
+    table: [(2 side - 1)^2, heads].
+    side: rows (= columns) of the square of tokens.
+
+  Returns:
+    [heads, side^2, side^2], axes (head, query, key), of the table's dtype.
+  """
+  table = einops.rearrange(
+      table, "(row col) h -> h row col", row=2 * side - 1
+  )
+  bias = _toeplitz(_toeplitz(table, side), side)  # [h, rn, rm -> cn, cm]
+  return einops.rearrange(bias, "h rn rm cn cm -> h (rn cn) (rm cm)")
+
+
+def _toeplitz(values: jax.Array, side: int) -> jax.Array:
+  """[h, 2 side - 1, *rest] -> [h, *rest, side, side], indexed by differences.
+
+  out[h, ..., i, j] = values[h, i - j + side - 1, ...]. The reversed row of
+  values, padded by one and repeated `side` times, read with a row length that
+  is one shorter, moves by one position from row to row.
+  """
+  values = jnp.moveaxis(values[:, ::-1], 1, -1)  # [h, *rest, 2 side - 1]
+  lead = values.shape[:-1]
+  pad = [(0, 0)] * len(lead) + [(0, 1)]
+  rows = jnp.pad(values, pad)[..., None, :]  # [h, *rest, 1, 2 side]
+  rows = jnp.broadcast_to(rows, (*lead, side, 2 * side))
+  flat = rows.reshape(*lead, 2 * side * side)[..., : side * (2 * side - 1)]
+  return flat.reshape(*lead, side, 2 * side - 1)[..., side - 1 :]
+
+
+def effective_window(side: int, window_size: int | None) -> int:
+  """The side of the squares that attend to themselves on a side x side map.
+
+  A window at or above the side is global attention there.
+
+  Raises:
+    UserError: the window is smaller than the side and does not divide it.
+  """
+  if window_size is None or window_size >= side:
+    return side
+  if window_size < 1 or side % window_size:
+    divisors = [w for w in range(1, side + 1) if side % w == 0]
+    raise UserError(
+        f"window_size={window_size} does not divide the {side}x{side} feature"
+        f" map: use one of {divisors}, or anything larger for global attention"
+    )
+  return window_size
+
+
+class TMSA(nn.Module):
+  """Time-dependent self-attention, equations (3)-(6), global or windowed.
+
+  Attributes:
+    num_heads: heads; must divide the width of x.
+    window_size: side of the attention windows in tokens; None, or a value at or
+      above the side of x, is global attention with a table of the side.
+    dtype: of the matrix products; softmax and bias are float32.
+    proj_init: initialiser of the output projection.
+  """
+
+  num_heads: int
+  window_size: int | None = None
+  dtype: jnp.dtype = jnp.float32
+  proj_init: nn.initializers.Initializer = XAVIER
+
+  @nn.compact
+  def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
+    """[b, h, w, c] tokens on a grid, [b, ct] time tokens -> [b, h, w, c]."""
+    height, width, channels = x.shape[1:]
+    if channels % self.num_heads:
+      raise UserError(f"num_heads={self.num_heads} must divide {channels=}")
+    side = min(height, width)
+    if height != width and (self.window_size or side + 1) > side:
+      raise UserError(
+          f"global attention needs a square feature map, not {height}x{width}"
+      )
+    window = effective_window(side, self.window_size)
+    effective_window(max(height, width), window)
+    table = self.param(
+        "relative_position_bias_table",
+        nn.initializers.normal(0.02),
+        ((2 * window - 1) ** 2, self.num_heads),
+    )
+    bias = relative_position_bias(table, window)  # [heads, n, n]
+
+    dense = lambda name: nn.Dense(
+        3 * channels, dtype=self.dtype, kernel_init=XAVIER, name=name
+    )
+    qkv = dense("qkv")(x)
+    # The seam: time enters here and nowhere else in the network.
+    qkv += dense("qkv_temb")(time)[:, None, None, :]
+
+    q, k, v = einops.rearrange(
+        qkv,
+        "b (i p) (j q) (which h d) -> which b (i j) (p q) h d",
+        which=3,
+        h=self.num_heads,
+        p=window,
+        q=window,
+    )
+    out = attend(q, k, v, bias)
+    out = einops.rearrange(
+        out,
+        "b (i j) (p q) h d -> b (i p) (j q) (h d)",
+        i=height // window,
+        p=window,
+    )
+    return nn.Dense(
+        channels, dtype=self.dtype, kernel_init=self.proj_init, name="proj"
+    )(out)
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array
+) -> jax.Array:
+  """Equation (6): softmax(q k^T / sqrt(d) + B) v, softmax in float32.
+
+  Args:
+    q: [*b, n, heads, d] queries; k and v likewise.
+    k: keys.
+    v: values.
+    bias: [heads, n, n].
+
+  Returns:
+    [*b, n, heads, d] of v's dtype.
+  """
+  scale = q.shape[-1] ** -0.5
+  logits = jnp.einsum(
+      "...nhd,...mhd->...hnm",
+      q * jnp.asarray(scale, q.dtype),
+      k,
+      preferred_element_type=jnp.promote_types(q.dtype, jnp.float32),
+  )
+  weights = jax.nn.softmax(logits + bias, axis=-1).astype(v.dtype)
+  return jnp.einsum("...hnm,...mhd->...nhd", weights, v)
