@@ -1,0 +1,1 @@
+"""One flat config file per setting of the paper; none imports diffit_jax."""

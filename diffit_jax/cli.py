@@ -4,9 +4,10 @@ Exit code 0 means done, 75 (EX_TEMPFAIL) means "saved, start me again", and
 anything else means not done, with one clear last line on stderr.
 """
 
+from collections.abc import Callable
+import dataclasses
 import os
 import sys
-from typing import Callable
 
 from absl import app, flags, logging
 
@@ -60,3 +61,61 @@ def _parse_flags(argv: list[str]) -> list[str]:
     sys.exit(fail(error.args[0] if error.args else error))
   except FileNotFoundError as error:
     sys.exit(fail(f"config file not found: {error.filename}"))
+
+
+def required_config(config):
+  """The config, or an error that says how to give one."""
+  if config is None:
+    raise UserError("--config is missing: give --config=configs/digits.py")
+  return config
+
+
+def require_one_of(**values: str | None) -> None:
+  """Refuses unless exactly one of the named flags was given."""
+  if sum(value is not None for value in values.values()) != 1:
+    names = " or ".join(f"--{name}=..." for name in values)
+    raise UserError(f"give {'exactly one of ' * (len(values) > 1)}{names}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingFlags:
+  """The sampling flags that all entry points share."""
+
+  solver: flags.FlagHolder
+  steps: flags.FlagHolder
+  guidance_scale: flags.FlagHolder
+  labels: flags.FlagHolder
+  seed: flags.FlagHolder
+  num: flags.FlagHolder
+  ema: flags.FlagHolder
+
+  def apply(self, sampler) -> None:
+    """Writes the flags that were given over the config's sampler section."""
+    for name in ("solver", "steps", "guidance_scale"):
+      value = getattr(self, name).value
+      if value is not None:
+        sampler[name] = value
+
+
+def define_sampling_flags() -> SamplingFlags:
+  """Defines --solver --steps --guidance_scale --labels --seed --num --ema."""
+  return SamplingFlags(
+      solver=flags.DEFINE_string("solver", None, "Default: the config's."),
+      steps=flags.DEFINE_integer("steps", None, "Default: the config's."),
+      guidance_scale=flags.DEFINE_float(
+          "guidance_scale", None, "1 is off. Default: the config's."
+      ),
+      labels=flags.DEFINE_string(
+          "labels",
+          "random",
+          "Classes such as 3, 0,1,2 or 0-9, dealt out in turn, or random.",
+      ),
+      seed=flags.DEFINE_integer("seed", 0, "Of all random draws.", 0),
+      num=flags.DEFINE_integer("num", 64, "Number of images.", 1),
+      ema=flags.DEFINE_string(
+          "ema",
+          None,
+          "Which average of the weights; none for the raw parameters. Default:"
+          " the run's first.",
+      ),
+  )

@@ -1,5 +1,38 @@
 """Both DiffiT networks as linen modules, functions of arrays alone."""
 
+from collections.abc import Mapping
+import inspect
+
+from flax import linen as nn
+import jax.numpy as jnp
+
+from diffit_jax.errors import UserError
 from diffit_jax.models.image import ImageDiffiT
 
-__all__ = ["ImageDiffiT"]
+__all__ = ["ImageDiffiT", "make_model"]
+
+_MODELS = {"image_diffit": ImageDiffiT}
+
+
+def make_model(config: Mapping) -> nn.Module:
+  """The module that `config.model` describes.
+
+  Args:
+    config: `name`, one of those above, and the module's own attributes; dtype
+      as text, sequences as lists or tuples.
+
+  Raises:
+    UserError: an unknown name or field.
+  """
+  fields = dict(config)
+  name = fields.pop("name", None)
+  if name not in _MODELS:
+    raise UserError(f"model.name={name!r}: use one of {sorted(_MODELS)}")
+  model = _MODELS[name]
+  known = [p for p in inspect.signature(model).parameters if p != "parent"]
+  unknown = sorted(set(fields) - set(known))
+  if unknown:
+    raise UserError(f"{name} has no field model.{unknown[0]}: it has {known}")
+  fields["dtype"] = jnp.dtype(fields.get("dtype", "float32"))
+  as_tuple = lambda v: tuple(v) if isinstance(v, (list, tuple)) else v
+  return model(**{field: as_tuple(value) for field, value in fields.items()})

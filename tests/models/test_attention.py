@@ -1,5 +1,6 @@
 """TMSA against the golden values, plain attention and its own limits."""
 
+from goldens import hfill
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,6 @@ import pytest
 
 from diffit_jax.errors import UserError
 from diffit_jax.models import attention
-from goldens import hfill
 
 HEADS, CHANNELS, TIME = 2, 8, 12
 

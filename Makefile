@@ -1,0 +1,37 @@
+# make demo   trains, samples and scores the digits; FRESH=1 trains anew
+# make test   the whole test suite on CPU
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+export JAX_PLATFORMS ?= cpu
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: demo test test-slow lint setup clean
+
+demo: .venv/demo
+	$(BIN)/python -m diffit_jax.demo $(if $(FRESH),--fresh)
+
+test: .venv/test
+	$(BIN)/python -m pytest
+
+test-slow: .venv/test
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/test
+	$(BIN)/python -m ruff check .
+
+setup: .venv/test
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo: setup.py constraints.txt | .venv/bin/python
+	$(PIP) --constraint constraints.txt --editable .
+	touch $@
+
+.venv/test: setup.py constraints.txt | .venv/bin/python
+	$(PIP) --constraint constraints.txt --editable '.[test,plan]'
+	touch $@ .venv/demo
+
+clean:
+	rm -rf .venv runs data build *.egg-info

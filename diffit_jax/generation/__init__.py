@@ -1,0 +1,1 @@
+"""From weights to images: what sample, evaluation and training grids share."""

@@ -1,0 +1,119 @@
+"""Weights to sample from: a workdir's checkpoint or an exported file."""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import os
+import pathlib
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import config_dict
+
+from diffit_jax import models
+from diffit_jax.errors import UserError
+from diffit_jax.interop import native
+from diffit_jax.parallel.mesh import replicated
+
+RAW = "none"  # --ema=none samples from the parameters themselves
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """Parameters and everything that says what they are.
+
+  Attributes:
+    params: the tree, on the devices of the mesh.
+    config: of the run that made them.
+    step: training steps taken.
+    ema: name of the average, or "none" for the raw parameters.
+    source: where they came from.
+  """
+
+  params: dict
+  config: config_dict.ConfigDict
+  step: int
+  ema: str
+  source: str
+
+
+def parameter_shapes(model, config: Mapping):
+  """Abstract parameters of a model, from the config's image size."""
+  side = config["data"]["resolution"]
+  x = jax.ShapeDtypeStruct((1, side, side, model.channels), jnp.float32)
+  time = jax.ShapeDtypeStruct((1,), jnp.float32)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return jax.eval_shape(model.init, key, x, time)["params"]
+
+
+def read_config(workdir: str | os.PathLike) -> config_dict.ConfigDict:
+  """The resolved config that the run in `workdir` wrote."""
+  path = pathlib.Path(workdir) / "config.json"
+  if not path.is_file():
+    raise UserError(
+        f"{workdir} holds no run ({path} is missing): train one with python -m"
+        f" diffit_jax.main --config=... --workdir={workdir}"
+    )
+  return config_dict.ConfigDict(json.loads(path.read_text()))
+
+
+def from_workdir(
+    workdir: str | os.PathLike, mesh: Mesh, ema: str | None = None
+) -> Weights:
+  """The newest readable checkpoint's EMA (or raw) parameters.
+
+  Args:
+    workdir: of the run.
+    mesh: the weights are replicated on it.
+    ema: name of the average; None is the config's first, "none" the raw
+      parameters.
+  """
+  from diffit_jax.training import checkpoint
+
+  config = read_config(workdir)
+  names = sorted(config.ema)
+  ema = ema or (names[0] if names else RAW)
+  if ema not in (*names, RAW):
+    raise UserError(f"ema={ema!r}: this run has {names}, or {RAW!r}")
+  steps = checkpoint.list_steps(workdir)
+  if not steps:
+    raise UserError(
+        f"{workdir} has no finished checkpoint yet: train further, a save comes"
+        f" every {config.save_every_steps} steps"
+    )
+  shapes = parameter_shapes(models.make_model(config.model), config)
+  place = lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=replicated(mesh)
+  )
+  shapes = jax.tree.map(place, shapes)
+  item, target = "params", shapes
+  if ema != RAW:
+    item, target = "ema", {name: shapes for name in names}
+  for step in reversed(steps):
+    try:
+      tree = checkpoint.restore_item(workdir, step, item, target)
+    except Exception as error:  # Orbax has no one class for damage
+      logging.error("checkpoint %d cannot be read (%s)", step, error)
+      continue
+    params = tree if ema == RAW else tree[ema]
+    return Weights(params, config, step, ema, f"{workdir} step {step}")
+  raise UserError(f"none of the checkpoints in {workdir} can be read: {steps}")
+
+
+def from_file(
+    path: str | os.PathLike, mesh: Mesh, ema: str | None = None
+) -> Weights:
+  """Weights from a file that `export` wrote; it carries its own config."""
+  params, header = native.load(path)
+  if ema not in (None, header["ema"]):
+    raise UserError(f"ema={ema!r}: {path} holds only {header['ema']!r}")
+  config = config_dict.ConfigDict(json.loads(header["config"]))
+  native.check_tree(
+      params, parameter_shapes(models.make_model(config.model), config), path
+  )
+  params = jax.device_put(params, replicated(mesh))
+  return Weights(
+      params, config, int(header["step"]), header["ema"], str(path)
+  )

@@ -1,0 +1,1 @@
+"""Weights as safetensors files, in our own layout and in others'."""

@@ -1,0 +1,50 @@
+"""Metrics to TensorBoard and the console (clu), sample grids as PNG too.
+
+TensorFlow is imported here and nowhere else in training, only to write
+TensorBoard files, with every accelerator hidden from it.
+"""
+
+import os
+import pathlib
+
+import jax
+import numpy as np
+
+from diffit_jax.sampling.images import image_grid, write_png
+
+
+class Writer:
+  """The one metric writer; only process 0 writes files."""
+
+  def __init__(self, directory: str | os.PathLike):
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+
+    for kind in ("GPU", "TPU"):
+      tf.config.set_visible_devices([], kind)
+    from clu import metric_writers
+
+    self._is_first = jax.process_index() == 0
+    self._directory = pathlib.Path(directory)
+    self._writer = metric_writers.create_default_writer(
+        str(self._directory / "tensorboard"), just_logging=not self._is_first
+    )
+
+  def scalars(self, step: int, values: dict[str, float]) -> None:
+    """Writes scalars of one step."""
+    self._writer.write_scalars(step, values)
+
+  def images(self, step: int, name: str, images: np.ndarray) -> None:
+    """Writes uint8 [n, h, w, c] images as one grid, PNG and TensorBoard."""
+    if not self._is_first:
+      return
+    grid = image_grid(images, columns=int(np.ceil(np.sqrt(len(images)))))
+    folder = self._directory / "samples"
+    folder.mkdir(exist_ok=True)
+    write_png(folder / f"{name}_{step:08d}.png", grid)
+    self._writer.write_images(step, {name: grid[None]})
+
+  def close(self) -> None:
+    """Flushes and closes the files."""
+    self._writer.flush()
+    self._writer.close()

@@ -1,0 +1,77 @@
+"""From a batch of images to one loss per sample.
+
+Every random draw is keyed on (seed, step, global sample index): the key of the
+step, folded with the sample's index, is split by purpose. So a sample meets the
+same augmentation, noise level, noise and label drop on any number of devices.
+"""
+
+from collections.abc import Callable, Mapping
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffit_jax.diffusion import augment, edm
+
+Loss = Callable[[dict, dict[str, jax.Array], jax.Array], jax.Array]
+
+
+def sample_keys(step_key: jax.Array, index: jax.Array, num: int) -> jax.Array:
+  """[num, b] keys: `num` purposes for each of the b sample indices."""
+  fold = lambda i: jax.random.split(jax.random.fold_in(step_key, i), num)
+  return jnp.swapaxes(jax.vmap(fold)(index), 0, 1)
+
+
+def edm_loss(model: nn.Module, config: Mapping) -> Loss:
+  """EDM's training objective on augmented images.
+
+  Args:
+    model: raw network F(x, c_noise, labels, augment_labels, sample_index).
+    config: sigma_data, P_mean, P_std, augment_prob (0 for no augmentation) and
+      label_drop_prob.
+
+  Returns:
+    loss(params, batch, step_key) -> [b] float32, with batch "image" uint8
+    [b, h, w, c], "label" int32 [b] and "index" uint32 [b].
+  """
+  num_classes = model.num_classes
+
+  def loss(params, batch, step_key):
+    index = batch["index"]
+    k_augment, k_sigma, k_noise, k_label = sample_keys(step_key, index, 4)
+    y = batch["image"].astype(jnp.float32) / 127.5 - 1
+    augment_labels = None
+    if config["augment_prob"]:
+      drawn = augment.draw_keys(k_augment, config["augment_prob"])
+      y, augment_labels = augment.augment(y, drawn), augment.labels(drawn)
+    labels = None
+    if num_classes:
+      drop = jax.vmap(
+          lambda k: jax.random.bernoulli(k, config["label_drop_prob"])
+      )(k_label)
+      labels = jnp.where(drop, num_classes, batch["label"])
+    sigma = edm.sample_sigma(
+        k_sigma, P_mean=config["P_mean"], P_std=config["P_std"]
+    )
+    noise = jax.vmap(lambda k: jax.random.normal(k, y.shape[1:]))(k_noise)
+
+    def network(x, c_noise):
+      return model.apply(
+          {"params": params},
+          x,
+          c_noise,
+          labels,
+          augment_labels,
+          sample_index=index,
+          rngs={"dropout": step_key},
+      )
+
+    D = edm.denoise(
+        network,
+        y + sigma[:, None, None, None] * noise,
+        sigma,
+        sigma_data=config["sigma_data"],
+    )
+    return edm.loss(D, y, sigma, sigma_data=config["sigma_data"])
+
+  return loss

@@ -1,0 +1,62 @@
+"""What `--dry_run` prints: config, parameters, MACs, memory per device."""
+
+from clu import parameter_overview
+import jax
+import jax.numpy as jnp
+from ml_collections import config_dict
+import numpy as np
+
+from diffit_jax.training import cost
+from diffit_jax.training import program as program_lib
+from diffit_jax.training import state as state_lib
+
+_MIB = 2**20
+
+
+def dry_run(config: config_dict.ConfigDict) -> str:
+  """The report as text. Compiles the real step; allocates no state."""
+  program = program_lib.build(config)
+  params = program.abstract.params
+  num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+  memory = _memory(config, program)
+  lines = [
+      str(config),
+      parameter_overview.get_parameter_overview(
+          params, include_stats="sharding"
+      ),
+      f"parameters:          {num_params:,}",
+      f"MACs per image:      {forward_macs(config, program):,} (one forward)",
+      f"devices:             {program.mesh.size}"
+      f" {jax.devices()[0].device_kind}, mesh {dict(program.mesh.shape)}",
+      f"images per device:   {config.batch_size // program.mesh.size}",
+      f"memory per device:   {memory['state'] / _MIB:,.1f} MiB state,"
+      f" {memory['batch'] / _MIB:,.1f} MiB batch,"
+      f" {memory['temporaries'] / _MIB:,.1f} MiB temporaries",
+  ]
+  return "\n".join(lines)
+
+
+def forward_macs(config: config_dict.ConfigDict, program) -> int:
+  """Multiply-accumulates of one network evaluation of one image."""
+  side = config.data.resolution
+  x = jnp.zeros((1, side, side, program.model.channels))
+  run = lambda params: program.model.apply({"params": params}, x, jnp.zeros(1))
+  return cost.count_macs(run, program.abstract.params)
+
+
+def _memory(config, program) -> dict[str, int]:
+  """Bytes on each device while a step runs, from the compiled program."""
+  monitor = jax.eval_shape(lambda: state_lib.new_monitor(program.mesh))
+  batch = program_lib.batch_shapes(config)
+  compiled = program.train_step.lower(
+      program.abstract, monitor, batch
+  ).compile()
+  local = lambda leaf: leaf.dtype.itemsize * int(
+      np.prod(leaf.sharding.shard_shape(leaf.shape))
+  )
+  per_batch = sum(leaf.dtype.itemsize * leaf.size for leaf in batch.values())
+  return {
+      "state": sum(map(local, jax.tree.leaves(program.abstract))),
+      "batch": per_batch // program.mesh.size,
+      "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+  }

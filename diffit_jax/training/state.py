@@ -1,0 +1,89 @@
+"""What a training run carries from step to step, and how it is born."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import optax
+
+from diffit_jax.parallel import sharding
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that decides the rest of a run.
+
+  Attributes:
+    step: [] int32 steps taken; with the batch size it is the data position.
+    params: float32 parameters.
+    opt_state: of the optax optimizer.
+    ema: {name: tree like params}, float32.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  ema: dict[str, Any]
+
+
+@flax.struct.dataclass
+class Monitor:
+  """Device-side sums between two logging points; never checkpointed.
+
+  Attributes:
+    loss: [] sum of the steps' mean losses.
+    grad_norm: [] sum of the gradients' global norms, as they came.
+    steps: [] int32 steps in the sums.
+    bad_step: [] int32 first step whose loss was not finite, -1 for none. It
+      stays once set.
+  """
+
+  loss: jax.Array
+  grad_norm: jax.Array
+  steps: jax.Array
+  bad_step: jax.Array
+
+
+def new_monitor(mesh: Mesh) -> Monitor:
+  """Zero sums, replicated on the mesh."""
+  monitor = Monitor(
+      jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.int32(-1)
+  )
+  return jax.device_put(monitor, NamedSharding(mesh, PartitionSpec()))
+
+
+def make_init(init_params, optimizer: optax.GradientTransformation, ema: Mapping):
+  """The function () -> TrainState; to be jitted with the state's shardings.
+
+  Args:
+    init_params: () -> parameter tree.
+    optimizer: the run's optimizer.
+    ema: names of the averages, each of which starts as the parameters.
+  """
+
+  def init() -> TrainState:
+    params = init_params()
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema={name: jax.tree.map(jnp.copy, params) for name in sorted(ema)},
+    )
+
+  return init
+
+
+def abstract_state(init, mesh: Mesh) -> TrainState:
+  """Shapes, dtypes and shardings of the state, without making it."""
+  shapes = jax.eval_shape(init)
+  return sharding.with_sharding(shapes, sharding.tree_sharding(mesh, shapes))
+
+
+def create(init, mesh: Mesh) -> TrainState:
+  """Makes the state with every array born where it belongs."""
+  shapes = jax.eval_shape(init)
+  out = sharding.tree_sharding(mesh, shapes)
+  return jax.jit(init, out_shardings=out)()
