@@ -1,8 +1,7 @@
 """A compiled function from (weights, sample indices, labels) to uint8 images.
 
-Sample i depends on (seed, i) alone: its initial noise is drawn with
-fold_in(key(seed), i), and a stochastic solver folds the number of the draw into
-the same key. Batch size, device count and order change rounding at most.
+Sample i depends on (seed, i) alone: fold_in(key(seed), i) is split into one key
+for its initial noise and one for the draws of a stochastic solver. Batch size, device count and order change rounding at most.
 """
 
 from collections.abc import Callable, Mapping
@@ -65,11 +64,13 @@ def make_generator(model: nn.Module, config: Mapping, mesh: Mesh) -> Callable:
   side, channels = config["data"]["resolution"], model.channels
 
   def generate(params, seed, index, labels):
-    fold = lambda i: jax.random.fold_in(jax.random.key(seed), i)
-    keys = jax.vmap(fold)(index)
+    streams = lambda i: jax.random.split(
+        jax.random.fold_in(jax.random.key(seed), i)
+    )
+    noise_keys, keys = jnp.swapaxes(jax.vmap(streams)(index), 0, 1)
     noise = jax.vmap(
         lambda key: jax.random.normal(key, (side, side, channels))
-    )(keys)
+    )(noise_keys)
     labels = labels if model.num_classes else None
     with jax.default_matmul_precision(config["matmul_precision"]):
       denoiser = make_denoiser(model, params, config["diffusion"], labels, scale)
