@@ -1,0 +1,153 @@
+"""The guidance rule: limits, the tables of facts 3, and its batching."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffit_jax.diffusion import guidance
+from diffit_jax.errors import UserError
+
+SHAPE = (3, 2, 2, 8)
+COND, UNCOND = jax.random.normal(jax.random.key(0), (2, *SHAPE))
+T = jnp.array([0, 400, 999])
+
+
+@pytest.mark.parametrize("schedule", guidance.SCHEDULES)
+@pytest.mark.parametrize("channels", ["all", 3])
+def test_scale_one_is_the_conditional_bit_for_bit(schedule, channels):
+  out = guidance.apply_cfg(
+      COND, UNCOND, T, scale=1.0, schedule=schedule, channels=channels
+  )
+  np.testing.assert_array_equal(out, COND)
+
+
+def test_scale_zero_is_the_unconditional_bit_for_bit():
+  out = guidance.apply_cfg(COND, UNCOND, None, scale=0.0)
+  np.testing.assert_array_equal(out, UNCOND)
+
+
+def test_constant_scale_extrapolates():
+  out = jax.jit(lambda s: guidance.apply_cfg(COND, UNCOND, None, scale=s))(1.5)
+  expected = np.float64(UNCOND) + 1.5 * (np.float64(COND) - UNCOND)
+  np.testing.assert_allclose(out, expected, atol=2e-6)  # values up to 8
+
+
+def test_later_channels_stay_conditional():
+  out = guidance.apply_cfg(
+      COND, UNCOND, T, scale=4.4, schedule="power_cosine", channels=3
+  )
+  whole = guidance.apply_cfg(
+      COND, UNCOND, T, scale=4.4, schedule="power_cosine"
+  )
+  np.testing.assert_array_equal(out[..., :3], whole[..., :3])
+  np.testing.assert_array_equal(out[..., 3:], COND[..., 3:])
+  # Each sample has the scale of its own t; at t = 999 it is 1.
+  np.testing.assert_allclose(out[2], COND[2], atol=1e-6)
+  assert np.abs(out[0, ..., :3] - COND[0, ..., :3]).max() > 1
+
+
+def test_rule_is_float32_and_the_result_has_the_dtype_of_the_prediction():
+  cond, uncond = (jnp.full((1, 1, 1, 1), v, jnp.bfloat16) for v in (512, 3))
+  out = guidance.apply_cfg(cond, uncond, None, scale=0.5)
+  # 3 + 509 / 2 = 257.5, in bfloat16 258; had 509 been rounded to 508: 256.
+  assert out.dtype == jnp.bfloat16 and out.item() == 258
+  with jax.enable_x64(True):
+    cond, uncond = jnp.full((2, 1, 1, 1, 1), 1.0).at[1].set(0.5)
+    out = guidance.apply_cfg(cond, uncond, None, scale=3.0)
+    assert out.dtype == jnp.float64 and out.item() == 2.0
+
+
+# facts 3: (1 - cos(pi (1 - t/1000)^4)) / 2
+BUMP = {
+    0: 1, 1: 0.99996064037, 4: 0.99937601219, 100: 0.73549054445,
+    250: 0.22733750579, 500: 0.00960735980, 750: 3.7649080e-5,
+    900: 2.467401e-8,
+}
+
+
+@pytest.mark.parametrize("t, bump", BUMP.items())
+def test_power_cosine_shape(t, bump):
+  scale = 1e6  # so large that the 1 in s = 1 + scale bump hides no digits
+  s = guidance.guidance_scale(
+      jnp.array([t]), scale=scale + 1, schedule="power_cosine"
+  )
+  np.testing.assert_allclose(s, [1 + scale * bump], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "scale, expected",
+    [
+        (4.4, [4.4, 3.5006678511, 1.7729475197, 1.0326650233, 1.0001280069, 1]),
+        (4.6, [4.6, 3.6477659600, 1.8184150208, 1.0345864953, 1.0001355367, 1]),
+    ],
+)
+def test_power_cosine_table(scale, expected):
+  t = jnp.array([0, 100, 250, 500, 750, 999])
+  s = jax.jit(
+      lambda t: guidance.guidance_scale(
+          t, scale=scale, schedule="power_cosine", power=4.0
+      )
+  )(t)
+  np.testing.assert_allclose(s, expected, rtol=3e-7)  # float32
+
+
+def test_constant_scale_needs_no_timestep():
+  assert guidance.guidance_scale(None, scale=1.49) == np.float32(1.49)
+  assert guidance.guidance_scale(T, scale=1.49).shape == (3,)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        (dict(scale=2.0, schedule="cosine"), "constant, power_cosine"),
+        (dict(scale=2.0, schedule="power_cosine", t=None), "timestep"),
+        (dict(scale=2.0, channels=9), "channels=9.* 8 channels"),
+        (dict(scale=2.0, channels="three"), "channels='three'"),
+        (dict(scale=1.0, schedule="cosine"), "constant, power_cosine"),
+    ],
+)
+def test_mistakes(kwargs, message):
+  t = kwargs.pop("t", T)
+  with pytest.raises(UserError, match=message):
+    guidance.apply_cfg(COND, UNCOND, t, **kwargs)
+
+
+def network(x, level, labels):
+  """Any function that treats rows apart and sees all three inputs."""
+  return x * level[:, None, None, None] + labels[:, None, None, None]
+
+
+def test_guided_equals_two_runs():
+  x, level = COND, jnp.array([1.0, 2.0, 3.0])
+  labels = jnp.array([4, 0, 7])
+  rows = []
+
+  def counting(x, level, labels):
+    rows.append(len(x))
+    return network(x, level, labels)
+
+  cfg = dict(scale=2.5, channels=3)
+  out = guidance.guided(counting, labels, 10, **cfg)(x, level)
+  expected = guidance.apply_cfg(
+      network(x, level, labels),
+      network(x, level, jnp.full(3, 10)),
+      level,
+      **cfg,
+  )
+  np.testing.assert_array_equal(out, expected)
+  assert rows == [6]
+
+
+def test_guided_runs_single_rows_at_scale_one():
+  x, level, labels = COND, jnp.ones(3), jnp.array([1, 2, 3])
+  out = guidance.guided(network, labels, 10, scale=1)(x, level)
+  np.testing.assert_array_equal(out, network(x, level, labels))
+  unconditional = lambda x, level, labels: x if labels is None else None
+  out = guidance.guided(unconditional, None, 0, scale=1.0)(x, level)
+  np.testing.assert_array_equal(out, x)
+
+
+def test_guided_without_labels():
+  with pytest.raises(UserError, match="scale=2.0 needs labels"):
+    guidance.guided(network, None, 10, scale=2.0)
