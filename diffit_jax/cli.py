@@ -6,6 +6,7 @@ anything else means not done, with one clear last line on stderr.
 
 from collections.abc import Callable
 import dataclasses
+import logging as stdlib_logging
 import os
 import sys
 
@@ -16,25 +17,47 @@ from diffit_jax.errors import UserError
 REQUEUE = 75
 
 
-def run(main: Callable[[], int | None]) -> None:
-  """Parses the flags, calls `main()` and exits as the module docstring says.
+def run(
+    main: Callable[..., int | None], positional: str | None = None
+) -> None:
+  """Parses the flags, calls `main` and exits as the module docstring says.
 
   Args:
-    main: takes nothing (flags are read from `flags.FLAGS`) and returns an exit
-      code, None standing for 0.
+    main: takes nothing (flags are read from `flags.FLAGS`), or the argument
+      that `positional` names, and returns an exit code, None standing for 0.
+    positional: what the one argument without a flag is called, if there is one.
   """
   logging.set_verbosity(logging.INFO)
   logging.set_stderrthreshold("info")
-  app.run(lambda argv: _guard(main, argv), flags_parser=_parse_flags)
+  logging.get_absl_handler().addFilter(_is_ours_or_a_warning)
+  app.run(
+      lambda argv: _guard(main, argv, positional), flags_parser=_parse_flags
+  )
 
 
-def _guard(main: Callable[[], int | None], argv: list[str]) -> int:
+def _is_ours_or_a_warning(record) -> bool:
+  """Hides the progress notes of libraries (Orbax writes 40 lines a save)."""
+  ours = os.path.dirname(__file__)
+  return (
+      record.levelno >= stdlib_logging.WARNING
+      or record.pathname.startswith(ours)
+      or f"{os.sep}clu{os.sep}" in record.pathname
+  )
+
+
+def _guard(
+    main: Callable[..., int | None], argv: list[str], positional: str | None
+) -> int:
+  arguments, num_wanted = argv[1:], 1 if positional else 0
   try:
-    if argv[1:]:
+    if len(arguments) < num_wanted:
+      raise UserError(f"{positional} is missing (--help says what it may be)")
+    if len(arguments) > num_wanted:
       raise UserError(
-          f"unexpected argument {argv[1]!r}: options are written --name=value"
+          f"unexpected argument {arguments[num_wanted]!r}: options are written"
+          " --name=value"
       )
-    return main() or 0
+    return main(*arguments) or 0
   except UserError as error:
     return fail(error)
   except KeyboardInterrupt:

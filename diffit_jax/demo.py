@@ -79,12 +79,13 @@ def _train(config, workdir: pathlib.Path) -> float | None:
   if config.total_steps in list_steps(workdir):
     print(f"already trained: {config.total_steps} steps", flush=True)
     return spent
-  from diffit_jax.data import prepare
+  from diffit_jax.data import preparation
+  from diffit_jax.data.builders import digits
   from diffit_jax.generation.generator import make_grid_sampler
   from diffit_jax.training.loop import train
 
   data_dir = os.environ.get("TFDS_DATA_DIR") or str(workdir.parent / "data")
-  prepare.prepare("digits", data_dir=data_dir)
+  preparation.prepare(**digits.recipe(), data_dir=data_dir)
   start = time.monotonic()
   finished = train(config, workdir, data_dir, make_grid_sampler)
   spent += time.monotonic() - start

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from flax import linen as nn
 import jax
 from jax.sharding import Mesh
+import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax import sampling
@@ -41,8 +42,6 @@ def make_denoiser(
     )
     return edm.denoise(network, x, sigma, sigma_data=diffusion["sigma_data"])
 
-  if labels is None:
-    return lambda x, sigma: denoise(x, sigma, None)
   return guidance.guided(
       denoise, labels, model.num_classes, scale=guidance_scale
   )

@@ -20,7 +20,7 @@ from diffit_jax.generation import generator
 from diffit_jax.generation.weights import Weights
 from diffit_jax.parallel.mesh import check_batch
 from diffit_jax.progress import Progress
-from diffit_jax.sampling.images import image_grid, write_png
+from diffit_jax.sampling.images import page, write_png
 from diffit_jax.stop import StopRequest
 
 
@@ -152,8 +152,7 @@ def _claim(folder: pathlib.Path, settings: dict) -> None:
 
 def _finish(folder, image_path, num, classes) -> Result:
   first = [_read_png(image_path(i)) for i in range(min(num, 100))]
-  columns = 10 if num >= 100 else int(np.ceil(np.sqrt(num)))
-  write_png(folder / "grid.png", image_grid(np.stack(first), columns))
+  write_png(folder / "grid.png", page(np.stack(first)))
   height, width = first[0].shape[:2]
   npz = folder / f"samples_{num}x{height}x{width}x3.npz"
   _write_npz(npz, image_path, num, classes and classes(np.arange(num)))

@@ -101,7 +101,7 @@ class _Run:
     if self.step >= total:
       logging.info("already done: step %d of %d", self.step, total)
       return True
-    batches = pipeline.make_iterator(
+    batches = pipeline.Pipeline(
         dataset,
         global_batch_size=config.batch_size,
         seed=config.seed,

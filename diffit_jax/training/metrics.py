@@ -10,7 +10,7 @@ import pathlib
 import jax
 import numpy as np
 
-from diffit_jax.sampling.images import image_grid, write_png
+from diffit_jax.sampling.images import page, write_png
 
 
 class Writer:
@@ -18,6 +18,7 @@ class Writer:
 
   def __init__(self, directory: str | os.PathLike):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # unused; it chatters
     import tensorflow as tf
 
     for kind in ("GPU", "TPU"):
@@ -38,7 +39,7 @@ class Writer:
     """Writes uint8 [n, h, w, c] images as one grid, PNG and TensorBoard."""
     if not self._is_first:
       return
-    grid = image_grid(images, columns=int(np.ceil(np.sqrt(len(images)))))
+    grid = page(images)
     folder = self._directory / "samples"
     folder.mkdir(exist_ok=True)
     write_png(folder / f"{name}_{step:08d}.png", grid)
