@@ -1,9 +1,35 @@
-"""Eight fake CPU devices for every test; set before jax is imported."""
+"""Eight fake CPU devices for every test, and one compilation cache.
 
+Both are set before jax is imported. The cache is new in every session; it saves
+compiling one program again for each of the many runs that the tests start.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
 ).strip()
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  _cache = tempfile.mkdtemp(prefix="diffit_jax_tests_")
+  atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> str:
+  """A data directory with the prepared digits."""
+  from diffit_jax.data import preparation
+  from diffit_jax.data.builders import digits
+
+  folder = str(tmp_path_factory.mktemp("data"))
+  preparation.prepare(**digits.recipe(), data_dir=folder)
+  return folder

@@ -33,6 +33,7 @@ def train(
     directory: str | os.PathLike,
     data_dir: str | None = None,
     make_sampler: Callable[..., Sampler] | None = None,
+    devices: list[jax.Device] | None = None,
 ) -> bool:
   """Trains, or goes on with, the run in `directory`.
 
@@ -42,12 +43,13 @@ def train(
     data_dir: of the prepared data sets; None is $TFDS_DATA_DIR.
     make_sampler: (model, config, mesh) -> sampler of the grids that are written
       during training; None for no grids.
+    devices: to train on; None is all there are.
 
   Returns:
     True once total_steps are done and saved, False where SIGTERM came first;
     then the current step is saved, and the same call goes on from it.
   """
-  program = program_lib.build(config)
+  program = program_lib.build(config, devices)
   dataset = pipeline.open_dataset(config.data.name, data_dir, config.data.split)
   pipeline.check_matches(
       dataset,
@@ -90,7 +92,7 @@ class _Run:
     )
     self.monitor = state.new_monitor(program.mesh)
     self.writer = metrics.Writer(directory)
-    self.param_norm = jax.jit(optax.global_norm)
+    self.param_norm = jax.jit(optax.tree.norm)
     self.sampler = None
     if make_sampler is not None and config.sample_every_steps:
       self.sampler = make_sampler(program.model, config, program.mesh)
@@ -142,12 +144,15 @@ class _Run:
   def _check_finite(self) -> None:
     bad_step = int(self.monitor.bad_step)
     if bad_step >= 0:
-      steps = self.checkpoints.steps()
-      raise UserError(
-          f"the loss was not finite at step {bad_step}: nothing was saved since,"
-          f" and the last good checkpoint is {steps[-1] if steps else 'none'};"
-          " look at the data, lower optimizer.learning_rate, or train in float32"
-      )
+      self._fail("the loss was not finite at", bad_step)
+
+  def _fail(self, what: str, bad_step: int) -> None:
+    steps = self.checkpoints.steps()
+    raise UserError(
+        f"{what} step {bad_step}: nothing was saved since, and the last good"
+        f" checkpoint is {steps[-1] if steps else 'none'}; look at the data,"
+        " lower optimizer.learning_rate, or train in float32"
+    )
 
   def _log(self) -> None:
     self._check_finite()
@@ -180,4 +185,6 @@ class _Run:
 
   def _save(self) -> None:
     self._check_finite()
+    if not np.isfinite(self.param_norm(self.state.params)):
+      self._fail("a parameter was not finite after", self.step - 1)
     self.checkpoints.save(self.step, self.state, self.config.batch_size)

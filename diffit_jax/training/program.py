@@ -37,12 +37,19 @@ class Program:
   train_step: Callable
 
 
-def build(config: config_dict.ConfigDict) -> Program:
-  """Builds the program and refuses what cannot work, before any allocation."""
+def build(
+    config: config_dict.ConfigDict, devices: list[jax.Device] | None = None
+) -> Program:
+  """Builds the program and refuses what cannot work, before any allocation.
+
+  Args:
+    config: the resolved config.
+    devices: of the mesh; None is all there are.
+  """
   if config.diffusion.kind != "edm":
     raise UserError(f"diffusion.kind={config.diffusion.kind!r}: use 'edm'")
   check_consistent(config)
-  mesh = mesh_lib.make_mesh(**config.mesh)
+  mesh = mesh_lib.make_mesh(**config.mesh, devices=devices)
   mesh_lib.check_batch(mesh, config.batch_size, "batch_size")
   model = models.make_model(config.model)
   optimizer = make_optimizer(config.optimizer, config.batch_size)

@@ -59,7 +59,7 @@ def _watch(monitor: Monitor, step, loss, gradients) -> Monitor:
   is_first_bad = ~jnp.isfinite(loss) & (monitor.bad_step < 0)
   return Monitor(
       loss=monitor.loss + loss,
-      grad_norm=monitor.grad_norm + optax.global_norm(gradients),
+      grad_norm=monitor.grad_norm + optax.tree.norm(gradients),
       steps=monitor.steps + 1,
       bad_step=jnp.where(is_first_bad, step, monitor.bad_step),
   )

@@ -1,0 +1,313 @@
+"""Training on the digits: resume to the bit, devices, stops, bad numbers."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits
+from diffit_jax.errors import UserError
+from diffit_jax.training import checkpoint, loop, state
+from diffit_jax.training import program as program_lib
+
+
+def small(**fields):
+  """The digits' debug config with some top-level fields changed."""
+  config = digits.get_config("debug")
+  config.update(fields)
+  return config
+
+
+def one_device():
+  return jax.devices()[:1]
+
+
+def final_state(config, workdir, devices=None):
+  """What the newest checkpoint holds."""
+  program = program_lib.build(config, devices or one_device())
+  checkpoints = checkpoint.Checkpoints(workdir)
+  try:
+    return checkpoints.restore(program.abstract)
+  finally:
+    checkpoints.close()
+
+
+def assert_equal_states(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def reference(data_dir, tmp_path_factory):
+  """Workdir of an undisturbed run of 4 steps, saved at 2 and 4."""
+  workdir = tmp_path_factory.mktemp("reference")
+  assert loop.train(small(), workdir, data_dir, devices=one_device())
+  return workdir
+
+
+@pytest.fixture()
+def copy(reference, tmp_path):
+  """A copy of the reference run, to be damaged."""
+  return pathlib.Path(shutil.copytree(reference, tmp_path / "run"))
+
+
+def test_two_and_two_steps_equal_four(reference, data_dir, tmp_path):
+  for total in (2, 4):
+    config = small(total_steps=total)
+    assert loop.train(config, tmp_path, data_dir, devices=one_device())
+  assert_equal_states(
+      final_state(small(), tmp_path), final_state(small(), reference)
+  )
+
+
+def test_checkpoint_holds_everything(reference):
+  step = reference / "checkpoints" / "4"
+  progress = json.loads((step / "progress" / "metadata").read_text())
+  assert progress == {"step": 4, "data_position": 64}
+  assert checkpoint.list_steps(reference) == [2, 4]
+  restored = final_state(small(), reference)
+  assert int(restored.step) == 4
+  dtypes = {leaf.dtype for leaf in jax.tree.leaves((restored.params, restored.ema))}
+  assert dtypes == {jnp.dtype("float32")}
+
+
+def test_a_finished_run_is_left_alone(copy, data_dir):
+  before = sorted(p.name for p in (copy / "checkpoints").iterdir())
+  assert loop.train(small(), copy, data_dir, devices=one_device())
+  assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == before
+
+
+def test_stop_request_saves_and_the_run_goes_on_to_the_same_bits(
+    reference, data_dir, tmp_path, monkeypatch
+):
+  """SIGTERM in the middle of step 3, which no interval would have saved."""
+  import os
+  import signal
+
+  real = loop.mesh_lib.put_batch
+  calls = []
+
+  def put_batch(*args):
+    calls.append(None)
+    if len(calls) == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args)
+
+  monkeypatch.setattr(loop.mesh_lib, "put_batch", put_batch)
+  assert not loop.train(small(), tmp_path, data_dir, devices=one_device())
+  assert checkpoint.list_steps(tmp_path) == [2, 3]
+  assert loop.train(small(), tmp_path, data_dir, devices=one_device())
+  assert_equal_states(
+      final_state(small(), tmp_path), final_state(small(), reference)
+  )
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete", "item"])
+def test_damaged_newest_checkpoint_falls_back(
+    damage, copy, reference, data_dir, caplog
+):
+  newest = copy / "checkpoints" / "4"
+  files = [p for p in (newest / "params").rglob("*") if p.is_file()]
+  if damage == "truncate":
+    for path in files:
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  elif damage == "delete":
+    for path in files:
+      path.unlink()
+  else:
+    shutil.rmtree(newest / "params")
+  assert loop.train(small(), copy, data_dir, devices=one_device())
+  assert "checkpoint 4 cannot be read" in caplog.text
+  assert (copy / "damaged" / "4").is_dir()
+  assert_equal_states(
+      final_state(small(), copy), final_state(small(), reference)
+  )
+
+
+def test_all_checkpoints_damaged_is_an_error_that_changes_nothing(
+    copy, data_dir
+):
+  for path in (copy / "checkpoints").glob("*/params"):
+    shutil.rmtree(path)
+  before = sorted(p for p in copy.rglob("*") if p.is_file())
+  with pytest.raises(UserError, match=r"none of the checkpoints .*\[4, 2\]"):
+    loop.train(small(), copy, data_dir, devices=one_device())
+  assert sorted(p for p in copy.rglob("*") if p.is_file()) == before
+
+
+def test_another_run_in_the_workdir_is_refused(copy, data_dir):
+  config = small(seed=1, batch_size=32)
+  config.model.dropout = 0.5
+  before = (copy / "config.json").read_text()
+  with pytest.raises(UserError) as error:
+    loop.train(config, copy, data_dir, devices=one_device())
+  for text in (
+      "seed is 0 there and 1 here",
+      "batch_size is 16 there and 32 here",
+      "model.dropout is 0.0 there and 0.5 here",
+  ):
+    assert text in str(error.value)
+  assert (copy / "config.json").read_text() == before
+
+
+def test_logging_intervals_and_total_steps_may_change(copy, data_dir):
+  config = small(total_steps=5, log_every_steps=1, save_every_steps=3)
+  config.sampler.steps = 2
+  assert loop.train(config, copy, data_dir, devices=one_device())
+  assert 5 in checkpoint.list_steps(copy)
+
+
+def test_eight_devices_equal_one(reference, data_dir, tmp_path):
+  """Equal up to the order of sums over the batch."""
+  assert loop.train(small(), tmp_path, data_dir)
+  eight = final_state(small(), tmp_path, jax.devices())
+  one = final_state(small(), reference)
+  program = program_lib.build(small(), one_device())
+  x = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
+  run = lambda tree: program.model.apply(
+      {"params": jax.device_get(tree)}, x, jnp.zeros(4)
+  )
+  np.testing.assert_allclose(run(eight.params), run(one.params), atol=1e-5)
+  jax.tree_util.tree_map_with_path(
+      lambda path, a, b: np.testing.assert_allclose(
+          _without_gradient_free_rows(path, a),
+          _without_gradient_free_rows(path, b),
+          atol=5e-5,
+      ),
+      eight.params,
+      one.params,
+  )
+
+
+def _without_gradient_free_rows(path, leaf):
+  """Drops what cancels in the softmax: biases and time weights of the keys.
+
+  Their gradient is rounding noise, which Adam turns into steps of full size.
+  """
+  names = [key.key for key in path]
+  leaf = np.array(leaf)
+  if names[-2] == "qkv_temb" or names[-2:] == ["qkv", "bias"]:
+    third = leaf.shape[-1] // 3
+    leaf[..., third : 2 * third] = 0
+  return leaf
+
+
+def test_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(
+    data_dir, tmp_path
+):
+  config = small(total_steps=2)
+  config.optimizer.learning_rate = 1e12
+  config.optimizer.rampup_images = 32  # the first two steps have rates 0, 5e11
+  config.save_every_steps = 1
+  config.total_steps = 50
+  config.log_every_steps = 50
+  with pytest.raises(UserError, match=r"not finite .*step \d+: nothing was"):
+    loop.train(config, tmp_path, data_dir, devices=one_device())
+  steps = checkpoint.list_steps(tmp_path)
+  assert 1 in steps and 50 not in steps
+  restored = final_state(config, tmp_path)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(restored))
+
+
+def test_bad_step_is_the_first_one():
+  """The latch keeps the first step, whatever comes later."""
+  from diffit_jax.training import step
+
+  monitor = state.Monitor(*map(jnp.asarray, (0.0, 0.0, 0, -1)))
+  for number, loss in enumerate([1.0, np.nan, 2.0, np.inf]):
+    monitor = step._watch(monitor, number, jnp.float32(loss), {"w": jnp.ones(2)})
+  assert int(monitor.bad_step) == 1 and int(monitor.steps) == 4
+
+
+class Untouchable:
+  """A leaf that notes when anything looks at its value."""
+
+  touched = []
+  now = 0
+  shape, dtype, size = (), np.dtype("float32"), 1
+
+  def _touch(self, *_, **__):
+    Untouchable.touched.append(Untouchable.now)
+    return np.float32(-1)
+
+  def __int__(self):
+    return int(self._touch())
+
+  __array__ = __float__ = __bool__ = __index__ = _touch
+  block_until_ready = copy_to_host_async = _touch
+
+
+def test_no_value_is_fetched_between_logging_points(
+    data_dir, tmp_path, monkeypatch
+):
+  """The step is replaced by one that returns leaves which note every look."""
+  Untouchable.touched.clear()
+  leaf = Untouchable()
+  monitor = state.Monitor(leaf, leaf, leaf, leaf)
+
+  def fake_step(old, _, batch):
+    Untouchable.now = len(seen) + 1
+    seen.append(batch["index"])
+    return old, monitor
+
+  seen = []
+  real = program_lib.build
+  monkeypatch.setattr(
+      loop.program_lib,
+      "build",
+      lambda *args: program_lib.dataclasses.replace(
+          real(*args), train_step=fake_step
+      ),
+  )
+  config = small(total_steps=12, log_every_steps=5, save_every_steps=6)
+  loop.train(config, tmp_path, data_dir, devices=one_device())
+  assert len(seen) == 12
+  assert set(Untouchable.touched) == {5, 6, 10, 12}
+
+
+def test_the_step_is_traced_once(data_dir, tmp_path, monkeypatch):
+  programs = []
+  real = program_lib.build
+
+  def build(*args):
+    programs.append(real(*args))
+    return programs[-1]
+
+  monkeypatch.setattr(loop.program_lib, "build", build)
+  loop.train(small(total_steps=6), tmp_path, data_dir)
+  assert programs[0].train_step._cache_size() == 1
+
+
+def test_data_that_do_not_fit_the_config_are_refused(data_dir, tmp_path):
+  config = small()
+  config.data.resolution = 16
+  with pytest.raises(UserError, match="16x16.*8x8"):
+    loop.train(config, tmp_path / "run", data_dir, devices=one_device())
+  config = small()
+  config.data.name = "ffhq64"
+  with pytest.raises(UserError, match="python -m diffit_jax.prepare ffhq64"):
+    loop.train(config, tmp_path / "run", data_dir, devices=one_device())
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(batch_size=12), "batch_size=12 cannot be divided over 8 devices"),
+        (dict(total_steps=0), "total_steps=0 must be at least 1"),
+        ({"mesh.data": 3}, r"mesh.data=3 x mesh.fsdp=1 does not make 8"),
+        ({"model.augment_dim": 9}, "model.augment_dim=9 must be 0"),
+        ({"model.num_classes": 7}, "model.num_classes=7 must be 0 or"),
+        ({"diffusion.kind": "vp"}, "diffusion.kind='vp'"),
+        ({"model.window_size": 3}, "window_size=3 does not divide"),
+    ],
+    ids=str,
+)
+def test_configs_that_cannot_work_are_refused(change, message):
+  config = small()
+  config.update_from_flattened_dict(change)
+  with pytest.raises(UserError, match=message):
+    program_lib.build(config)
