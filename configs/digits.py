@@ -30,7 +30,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config = ffhq64.get_config(f"precision={variant.precision}")
   config.name = common.run_name("digits", arg)
   config.batch_size = 128
-  config.total_steps = 900
+  config.total_steps = 750
 
   config.data.name = "digits"
   config.data.resolution = 8
@@ -60,8 +60,8 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
 
   config.num_threads = 2
   config.log_every_steps = 50
-  config.sample_every_steps = 300
-  config.save_every_steps = 300
+  config.sample_every_steps = 250
+  config.save_every_steps = 250
   config.keep_every_steps = 0
 
   if variant.debug:

@@ -1,0 +1,254 @@
+"""Generator, job and weights: who decides a sample, and what is written."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from configs import digits
+from diffit_jax import models
+from diffit_jax.errors import UserError
+from diffit_jax.generation import generator, job, weights
+from diffit_jax.interop import native
+from diffit_jax.parallel.mesh import make_mesh
+
+
+def one_device():
+  return make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def loaded():
+  """Random weights of the digits' debug network, no layer near zero."""
+  config = digits.get_config("debug")
+  model = models.make_model(config.model)
+  shapes = weights.parameter_shapes(model, config)
+  leaves, tree = jax.tree.flatten(shapes)
+  rng = np.random.default_rng(0)
+  params = tree.unflatten(
+      [rng.normal(size=a.shape, scale=0.1).astype(a.dtype) for a in leaves]
+  )
+  return weights.Weights(params, config, 4, "edm", "a test")
+
+
+def make(loaded, mesh=None):
+  model = models.make_model(loaded.config.model)
+  generate = generator.make_generator(
+      model, loaded.config, mesh or one_device()
+  )
+  return lambda index, labels, seed=0: np.asarray(
+      generate(
+          loaded.params, seed, np.uint32(index), np.asarray(labels, np.int32)
+      )
+  )
+
+
+def assert_close(a, b):
+  """Rounding before the cut to uint8 can move a value by one."""
+  assert a.dtype == b.dtype == np.uint8
+  assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+
+class TestGenerator:
+  index, labels = np.arange(8), np.arange(8)
+
+  def test_a_sample_depends_on_its_index_and_not_on_the_batch(self, loaded):
+    generate = make(loaded)
+    whole = generate(self.index, self.labels)
+    assert whole.shape == (8, 8, 8, 1) and whole.std() > 10
+    part = generate([5, 2], [5, 2])
+    assert_close(part, whole[[5, 2]])
+    np.testing.assert_array_equal(generate(self.index, self.labels), whole)
+
+  def test_seed_and_index_both_matter(self, loaded):
+    generate = make(loaded)
+    a = generate([0, 1], [0, 0])
+    assert (a[0] != a[1]).any()
+    assert (generate([0, 1], [0, 0], seed=1) != a).any()
+    assert (generate([0, 1], [3, 0])[0] != a[0]).any()
+
+  def test_eight_devices_equal_one(self, loaded):
+    assert_close(
+        make(loaded, make_mesh())(self.index, self.labels),
+        make(loaded)(self.index, self.labels),
+    )
+
+  def test_stochastic_sampling_is_keyed_on_the_sample_too(self, loaded):
+    config = loaded.config.copy_and_resolve_references()
+    config.sampler.S_churn = 20.0
+    generate = make(dataclasses.replace(loaded, config=config))
+    churned = generate(self.index, self.labels)
+    assert (churned != make(loaded)(self.index, self.labels)).any()
+    assert_close(generate([6, 1], [6, 1]), churned[[6, 1]])
+
+  def test_guidance_of_1_is_the_conditional_network(self, loaded):
+    """And other scales are not; with scale 0 the label has no influence."""
+    def run(scale, labels):
+      config = loaded.config.copy_and_resolve_references()
+      config.sampler.guidance_scale = scale
+      return make(dataclasses.replace(loaded, config=config))([0, 1], labels)
+
+    assert (run(1.0, [3, 4]) != run(2.0, [3, 4])).any()
+    assert_close(run(0.0, [3, 4]), run(0.0, [5, 6]))
+
+  def test_guidance_is_refused_where_the_model_cannot_give_it(self, loaded):
+    config = loaded.config.copy_and_resolve_references()
+    config.diffusion.label_drop_prob = 0.0
+    with pytest.raises(UserError, match="label dropout"):
+      make(dataclasses.replace(loaded, config=config))
+    config.model.num_classes = 0
+    with pytest.raises(UserError, match="unconditional"):
+      make(dataclasses.replace(loaded, config=config))
+
+
+class TestLabels:
+
+  def test_dealt_out_in_turn(self):
+    choose = lambda text: generator.choose_labels(np.arange(5), 0, 10, text)
+    assert choose("3").tolist() == [3] * 5
+    assert choose("0-2,7").tolist() == [0, 1, 2, 7, 0]
+
+  def test_random_labels_follow_the_index_and_are_uniform(self):
+    choose = lambda index: generator.choose_labels(index, 1, 10)
+    many = choose(np.arange(5000))
+    np.testing.assert_array_equal(choose(np.array([70, 3])), many[[70, 3]])
+    counts = np.bincount(many, minlength=10)
+    assert len(counts) == 10 and abs(counts - 500).max() < 100  # 4.7 sigma
+
+  @pytest.mark.parametrize("text", ["10", "-1", "0-10", "a", "", "3-1"])
+  def test_labels_out_of_range_are_refused(self, text):
+    with pytest.raises(UserError, match="labels"):
+      generator.choose_labels(np.arange(2), 0, 10, text)
+
+  def test_unconditional_models_take_none(self):
+    assert generator.choose_labels(np.arange(2), 0, 0).tolist() == [0, 0]
+    with pytest.raises(UserError, match="unconditional"):
+      generator.choose_labels(np.arange(2), 0, 0, "3")
+
+
+def run_job(loaded, out, num=10, **kwargs):
+  options = {"seed": 0, "labels": "0-9", "batch_size": 4, **kwargs}
+  return job.sample_to_folder(loaded, one_device(), out, num=num, **options)
+
+
+class TestJob:
+
+  def test_writes_images_grid_and_npz(self, loaded, tmp_path):
+    result = run_job(loaded, tmp_path)
+    assert result.npz.name == "samples_10x8x8x3.npz"
+    with np.load(result.npz, allow_pickle=False) as file:
+      images, labels = file["arr_0"], file["arr_1"]
+    assert images.shape == (10, 8, 8, 3) and images.dtype == np.uint8
+    assert labels.tolist() == list(range(10))
+    for i in range(10):
+      png = np.asarray(Image.open(tmp_path / "images" / f"{i:06d}.png"))
+      np.testing.assert_array_equal(images[i], np.repeat(png[..., None], 3, -1))
+    assert_close(images[..., :1], make(loaded)(np.arange(10), labels))
+    assert not list(tmp_path.rglob("*.partial"))
+
+  def test_an_interrupted_job_ends_with_the_same_bits(self, loaded, tmp_path):
+    whole = run_job(loaded, tmp_path / "a").npz.read_bytes()
+    run_job(loaded, tmp_path / "b", num=3)
+    kept = tmp_path / "b" / "images" / "000001.png"
+    before = kept.stat().st_mtime_ns
+    (tmp_path / "b" / "images" / "000002.png").unlink()
+    assert run_job(loaded, tmp_path / "b").npz.read_bytes() == whole
+    assert kept.stat().st_mtime_ns == before
+
+  def test_sigterm_ends_between_batches(self, loaded, tmp_path, monkeypatch):
+    real = job.write_png
+
+    def write_png(path, image):
+      real(path, image)
+      os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+      patch.setattr(job, "write_png", write_png)
+      assert run_job(loaded, tmp_path) is None
+    assert len(list((tmp_path / "images").iterdir())) == 4
+    assert run_job(loaded, tmp_path) is not None
+
+  @pytest.mark.parametrize(
+      "change", [dict(seed=1), dict(labels="3"), dict(params=None)], ids=str
+  )
+  def test_a_folder_of_other_samples_is_refused(
+      self, change, loaded, tmp_path
+  ):
+    run_job(loaded, tmp_path, num=2)
+    before = sorted(p.stat().st_mtime_ns for p in tmp_path.rglob("*"))
+    if "params" in change:
+      change = {}
+      params = jax.tree.map(lambda a: a + 1, loaded.params)
+      loaded = dataclasses.replace(loaded, params=params)
+    with pytest.raises(UserError, match="other settings"):
+      run_job(loaded, tmp_path, **change)
+    assert before == sorted(p.stat().st_mtime_ns for p in tmp_path.rglob("*"))
+
+  def test_wrong_labels_leave_nothing_behind(self, loaded, tmp_path):
+    with pytest.raises(UserError, match="beyond the model's classes 0..9"):
+      run_job(loaded, tmp_path / "out", labels="11")
+    assert not (tmp_path / "out").exists()
+
+
+class TestExportedFile:
+
+  def save(self, loaded, path, **header):
+    native.save(
+        path,
+        loaded.params,
+        {
+            "config": loaded.config.to_json_best_effort(),
+            "step": "4",
+            "ema": "edm",
+            **header,
+        },
+    )
+    return path
+
+  def test_round_trip_is_exact(self, loaded, tmp_path):
+    path = self.save(loaded, tmp_path / "a.safetensors")
+    again = weights.from_file(path, one_device())
+    jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
+    assert json.loads(again.config.to_json()) == json.loads(
+        loaded.config.to_json()
+    )
+    assert (again.step, again.ema) == (4, "edm")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+  def test_damaged_and_foreign_files_are_refused(self, loaded, tmp_path):
+    path = self.save(loaded, tmp_path / "a.safetensors")
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+      weights.from_file(path, one_device())
+    path.write_bytes(b"\x80\x04\x95" + bytes(100))  # a pickle begins so
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+      weights.from_file(path, one_device())
+    with pytest.raises(UserError, match="is not there"):
+      weights.from_file(tmp_path / "none.safetensors", one_device())
+    with pytest.raises(UserError, match="must end in .safetensors"):
+      self.save(loaded, tmp_path / "a.pth")
+    self.save(loaded, path, format="pt")
+    with pytest.raises(UserError, match="was not written by"):
+      weights.from_file(path, one_device())
+
+  def test_every_wrong_parameter_is_named(self, loaded, tmp_path):
+    params = {**loaded.params, "extra": {"kernel": np.zeros(2, np.float32)}}
+    params["head"] = {"kernel": np.zeros((3, 3), np.float32)}
+    path = self.save(
+        dataclasses.replace(loaded, params=params), tmp_path / "a.safetensors"
+    )
+    with pytest.raises(UserError) as error:
+      weights.from_file(path, one_device())
+    for text in ("missing head/bias", "unknown extra/kernel", "head/kernel is"):
+      assert text in str(error.value)
+
+  def test_another_average_than_the_file_holds(self, loaded, tmp_path):
+    path = self.save(loaded, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="holds only 'edm'"):
+      weights.from_file(path, one_device(), "none")
