@@ -1,42 +1,42 @@
-"""Packaging of diffit_jax: lower bounds here, the tested set in constraints.txt."""
+"""Packaging: lower bounds here, the tested set in constraints.txt."""
 
 import setuptools
 
 _TEST = ["pytest>=8.0", "ruff>=0.6", "scipy>=1.11"]
 
 setuptools.setup(
-    name="diffit_jax",
-    version="0.1.0",
-    description="DiffiT (arXiv 2312.02139) in JAX: both models, training, sampling",
-    license="Apache-2.0",
-    python_requires=">=3.11",
-    packages=setuptools.find_packages(include=["diffit_jax*", "configs*"]),
-    install_requires=[
-        "absl-py>=2.1",
-        "array_record>=0.8.1; sys_platform != 'win32'",
-        "clu>=0.0.12",
-        "einops>=0.8",
-        "flax>=0.12.8",
-        "grain>=0.2.18",
-        "importlib_resources>=6.0",  # tensorflow-datasets needs it, undeclared
-        "jax>=0.10.0",
-        "ml-collections>=1.0",
-        "numpy>=2.0",
-        "optax>=0.2.8",
-        "orbax-checkpoint>=0.12.8",
-        "Pillow>=11.0",
-        "safetensors>=0.5",
-        "scikit-learn>=1.5",
-        "tensorboard>=2.18",
-        "tensorflow-cpu>=2.20; sys_platform != 'darwin'",
-        "tensorflow>=2.20; sys_platform == 'darwin'",
-        "tensorflow-datasets>=4.9.10",
-        "tqdm>=4.66",
-    ],
-    extras_require={
-        "tpu": ["jax[tpu]>=0.10.0"],
-        "cuda": ["jax[cuda13]>=0.10.0"],
-        "plan": ["libtpu>=0.0.30"],
-        "test": _TEST,
-    },
+  name="diffit_jax",
+  version="0.1.0",
+  description="DiffiT (arXiv 2312.02139) in JAX: training and sampling",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(include=["diffit_jax*", "configs*"]),
+  install_requires=[
+    "absl-py>=2.1",
+    "array_record>=0.8.1; sys_platform != 'win32'",
+    "clu>=0.0.12",
+    "einops>=0.8",
+    "flax>=0.12.8",
+    "grain>=0.2.18",
+    "importlib_resources>=6.0",  # tensorflow-datasets needs it, undeclared
+    "jax>=0.10.0",
+    "ml-collections>=1.0",
+    "numpy>=2.0",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "Pillow>=11.0",
+    "safetensors>=0.5",
+    "scikit-learn>=1.5",
+    "tensorboard>=2.18",
+    "tensorflow-cpu>=2.20; sys_platform != 'darwin'",
+    "tensorflow>=2.20; sys_platform == 'darwin'",
+    "tensorflow-datasets>=4.9.10",
+    "tqdm>=4.66",
+  ],
+  extras_require={
+    "tpu": ["jax[tpu]>=0.10.0"],
+    "cuda": ["jax[cuda13]>=0.10.0"],
+    "plan": ["libtpu>=0.0.30"],
+    "test": _TEST,
+  },
 )

@@ -23,17 +23,17 @@ from configs import common, ffhq64
 
 def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   variant = common.parse_arg(
-      arg,
-      window=(4, 2, 8),
-      blocks=(2, 4),
-      width=("1-2-2", "2-2-2"),
-      precision=("paper", "bf16"),
-      duration=("edm", "iterations"),
-      debug=(False, True),
+    arg,
+    window=(4, 2, 8),
+    blocks=(2, 4),
+    width=("1-2-2", "2-2-2"),
+    precision=("paper", "bf16"),
+    duration=("edm", "iterations"),
+    debug=(False, True),
   )
   config = ffhq64.get_config(
-      f"precision={variant.precision},duration={variant.duration}"
-      + (",debug" if variant.debug else "")
+    f"precision={variant.precision},duration={variant.duration}"
+    + (",debug" if variant.debug else "")
   )
   config.name = common.run_name("cifar10", arg)
 

@@ -19,14 +19,14 @@ def parse_arg(arg: str | None, **variants: tuple) -> types.SimpleNamespace:
     name, _, text = item.partition("=")
     if name not in variants:
       raise ValueError(
-          f"unknown variant {name!r} in the config's argument string: valid are"
-          f" {_describe(variants)}"
+        f"unknown variant {name!r} in the config's argument string: valid are"
+        f" {_describe(variants)}"
       )
     match = [v for v in variants[name] if str(v) == (text or "True")]
     if not match:
       raise ValueError(
-          f"variant {item!r} in the config's argument string: use"
-          f" {_describe({name: variants[name]})}"
+        f"variant {item!r} in the config's argument string: use"
+        f" {_describe({name: variants[name]})}"
       )
     values[name] = match[0]
   return types.SimpleNamespace(**values)
@@ -44,8 +44,8 @@ def blocks(text: int | str) -> int | tuple[int, ...]:
 
 def _describe(variants: dict[str, tuple]) -> str:
   return ", ".join(
-      name
-      if allowed == (False, True)
-      else f"{name}={'|'.join(str(value) for value in allowed)}"
-      for name, allowed in variants.items()
+    name
+    if allowed == (False, True)
+    else f"{name}={'|'.join(str(value) for value in allowed)}"
+    for name, allowed in variants.items()
   )

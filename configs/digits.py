@@ -1,7 +1,8 @@
 """Handwritten digits, image-space DiffiT, class-conditional: the demo.
 
-The 1,797 digits of scikit-learn (8x8 gray, 10 classes) through the same builder,
-pipeline, step, EMA, checkpoint and sampler as FFHQ-64, in minutes on a laptop.
+The 1,797 digits of scikit-learn (8x8 gray, 10 classes) through the same
+builder, pipeline, step, EMA, checkpoint and sampler as FFHQ-64, in
+minutes on a laptop.
 No setting of the paper. `make demo` runs it and prints what it reached.
 
   python -m diffit_jax.prepare digits
@@ -21,11 +22,11 @@ from configs import common, ffhq64
 
 def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   variant = common.parse_arg(
-      arg,
-      window=(4, 2, 8),
-      blocks=(1, 2),
-      precision=("paper", "bf16"),
-      debug=(False, True),
+    arg,
+    window=(4, 2, 8),
+    blocks=(1, 2),
+    precision=("paper", "bf16"),
+    debug=(False, True),
   )
   config = ffhq64.get_config(f"precision={variant.precision}")
   config.name = common.run_name("digits", arg)

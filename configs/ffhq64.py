@@ -22,12 +22,12 @@ from configs import common
 
 def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   variant = common.parse_arg(
-      arg,
-      window=(8, 4, 2),
-      blocks=(4, "1-2-2-2"),
-      precision=("paper", "bf16"),
-      duration=("edm", "iterations"),
-      debug=(False, True),
+    arg,
+    window=(8, 4, 2),
+    blocks=(4, "1-2-2-2"),
+    precision=("paper", "bf16"),
+    duration=("edm", "iterations"),
+    debug=(False, True),
   )
   config = config_dict.ConfigDict()
   config.name = common.run_name("ffhq64", arg)

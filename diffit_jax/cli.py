@@ -11,15 +11,15 @@ import os
 import sys
 
 from absl import app, flags, logging
+from ml_collections import config_dict, config_flags
 
 from diffit_jax.errors import UserError
 
 REQUEUE = 75
+flags.disclaim_key_flags()  # --help lists them with the entry point's own
 
 
-def run(
-    main: Callable[..., int | None], positional: str | None = None
-) -> None:
+def run(main: Callable[..., int | None], positional: str | None = None) -> None:
   """Parses the flags, calls `main` and exits as the module docstring says.
 
   Args:
@@ -30,23 +30,27 @@ def run(
   logging.set_verbosity(logging.INFO)
   logging.set_stderrthreshold("info")
   logging.get_absl_handler().addFilter(_is_ours_or_a_warning)
-  app.run(
+  try:
+    app.run(
       lambda argv: _guard(main, argv, positional), flags_parser=_parse_flags
-  )
+    )
+  except SystemExit as stop:
+    asked_for_help = any(arg.startswith("--help") for arg in sys.argv[1:])
+    sys.exit(0 if asked_for_help else stop.code)  # absl's help exits with 1
 
 
 def _is_ours_or_a_warning(record) -> bool:
   """Hides the progress notes of libraries (Orbax writes 40 lines a save)."""
   ours = os.path.dirname(__file__)
   return (
-      record.levelno >= stdlib_logging.WARNING
-      or record.pathname.startswith(ours)
-      or f"{os.sep}clu{os.sep}" in record.pathname
+    record.levelno >= stdlib_logging.WARNING
+    or record.pathname.startswith(ours)
+    or f"{os.sep}clu{os.sep}" in record.pathname
   )
 
 
 def _guard(
-    main: Callable[..., int | None], argv: list[str], positional: str | None
+  main: Callable[..., int | None], argv: list[str], positional: str | None
 ) -> int:
   arguments, num_wanted = argv[1:], 1 if positional else 0
   try:
@@ -54,17 +58,22 @@ def _guard(
       raise UserError(f"{positional} is missing (--help says what it may be)")
     if len(arguments) > num_wanted:
       raise UserError(
-          f"unexpected argument {arguments[num_wanted]!r}: options are written"
-          " --name=value"
+        f"unexpected argument {arguments[num_wanted]!r}: options are written"
+        " --name=value"
       )
     return main(*arguments) or 0
   except UserError as error:
-    return fail(error)
+    message, code = str(error), 1
   except KeyboardInterrupt:
-    return fail("interrupted; run the same command again to continue", 130)
+    message = "interrupted; run the same command again to continue"
+    code = 130
   except BrokenPipeError:  # stdout was closed early, as by `| head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
+  fail(message, code)
+  # At once: threads and tasks that a failed save left behind in libraries would
+  # otherwise write their own complaints below the last line.
+  os._exit(code)
 
 
 def fail(error: object, code: int = 1) -> int:
@@ -77,20 +86,54 @@ def fail(error: object, code: int = 1) -> int:
 def _parse_flags(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
-  except (UserError, flags.Error) as error:
-    sys.exit(fail(f"{error} (--help lists the flags)"))
-  # ml_collections reports a field that a config lacks in these ways.
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
-    sys.exit(fail(error.args[0] if error.args else error))
-  except FileNotFoundError as error:
-    sys.exit(fail(f"config file not found: {error.filename}"))
+  except flags.Error as error:
+    sys.exit(fail(_reason(error)))
+  # ml_collections raises these for a field that a config lacks.
+  except (AttributeError, KeyError, TypeError) as error:
+    sys.exit(fail(_unknown_field(argv) or _reason(error)))
+  except OSError as error:
+    sys.exit(fail(f"the config file was not found: {error}"))
 
 
-def required_config(config):
-  """The config, or an error that says how to give one."""
-  if config is None:
+def _reason(error: Exception) -> str:
+  """The last line of the traceback that ml_collections puts into its errors."""
+  text = str(error)
+  if "Traceback" in text:
+    return text.strip().splitlines()[-1].partition(": ")[2]
+  return f"{text} (--help lists the flags)"
+
+
+def _unknown_field(argv: list[str]) -> str | None:
+  """What is wrong with the first --config.a.b=value that names no field."""
+  given = dict(argument.split("=", 1) for argument in argv if "=" in argument)
+  if "--config" not in given:
+    return None
+  parser = flags.FLAGS["config"].parser
+  for path in given:
+    if not path.startswith("--config."):
+      continue
+    section = parser.parse(given["--config"])
+    for name in path.removeprefix("--config.").split("."):
+      if not isinstance(section, config_dict.ConfigDict):
+        return f"{path}: there is no field {name!r} below that of a plain value"
+      if name not in section:
+        return f"{path}: there is no field {name!r}, only {sorted(section)}"
+      section = section[name]
+  return None
+
+
+def required_config(holder: flags.FlagHolder):
+  """The config of a flag, or an error that says how to give one."""
+  if holder.value is None:
     raise UserError("--config is missing: give --config=configs/digits.py")
-  return config
+  try:
+    holder.value.name  # noqa: B018  (a file that was not found shows up here)
+  except OSError as error:
+    raise UserError(
+      "config file not found:"
+      f" {config_flags.get_config_filename(flags.FLAGS['config'])}"
+    ) from error
+  return holder.value
 
 
 def require_one_of(**values: str | None) -> None:
@@ -123,22 +166,22 @@ class SamplingFlags:
 def define_sampling_flags() -> SamplingFlags:
   """Defines --solver --steps --guidance_scale --labels --seed --num --ema."""
   return SamplingFlags(
-      solver=flags.DEFINE_string("solver", None, "Default: the config's."),
-      steps=flags.DEFINE_integer("steps", None, "Default: the config's."),
-      guidance_scale=flags.DEFINE_float(
-          "guidance_scale", None, "1 is off. Default: the config's."
-      ),
-      labels=flags.DEFINE_string(
-          "labels",
-          "random",
-          "Classes such as 3, 0,1,2 or 0-9, dealt out in turn, or random.",
-      ),
-      seed=flags.DEFINE_integer("seed", 0, "Of all random draws.", 0),
-      num=flags.DEFINE_integer("num", 64, "Number of images.", 1),
-      ema=flags.DEFINE_string(
-          "ema",
-          None,
-          "Which average of the weights; none for the raw parameters. Default:"
-          " the run's first.",
-      ),
+    solver=flags.DEFINE_string("solver", None, "Default: the config's."),
+    steps=flags.DEFINE_integer("steps", None, "Default: the config's."),
+    guidance_scale=flags.DEFINE_float(
+      "guidance_scale", None, "1 is off. Default: the config's."
+    ),
+    labels=flags.DEFINE_string(
+      "labels",
+      "random",
+      "Classes such as 3, 0,1,2 or 0-9, dealt out in turn, or random.",
+    ),
+    seed=flags.DEFINE_integer("seed", 0, "Of all random draws.", 0),
+    num=flags.DEFINE_integer("num", 64, "Number of images.", 1),
+    ema=flags.DEFINE_string(
+      "ema",
+      None,
+      "Which average of the weights; none for the raw parameters. Default:"
+      " the run's first.",
+    ),
   )

@@ -20,7 +20,7 @@ from diffit_jax import cli
 _FRESH = flags.DEFINE_bool("fresh", False, "Forget the run and train anew.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Folder of the run.")
 _CONFIG_ARG = flags.DEFINE_string(
-    "variant", "", "Variants of configs/digits.py, as debug."
+  "variant", "", "Variants of configs/digits.py, as debug."
 )
 _NUM = 500
 
@@ -53,19 +53,19 @@ def main() -> int:
   with np.load(result.npz, allow_pickle=False) as samples:
     recognised, recognised_real = score(samples["arr_0"], samples["arr_1"])
   report = {
-      "recognised": recognised,
-      "recognised_real": recognised_real,
-      "num_samples": _NUM,
-      "train_seconds": round(train_seconds, 1),
-      "train_steps": loaded.step,
-      "total_seconds": round(time.monotonic() - start, 1),
-      "grid": str(result.grid),
+    "recognised": recognised,
+    "recognised_real": recognised_real,
+    "num_samples": _NUM,
+    "train_seconds": round(train_seconds, 1),
+    "train_steps": loaded.step,
+    "total_seconds": round(time.monotonic() - start, 1),
+    "grid": str(result.grid),
   }
   (workdir / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
   print(f"grid: {result.grid}")
   print(
-      f"recognised: {recognised:.3f} of {_NUM} samples as the digit asked for"
-      f" (real held-out digits: {recognised_real:.3f})"
+    f"recognised: {recognised:.3f} of {_NUM} samples as the digit asked for"
+    f" (real held-out digits: {recognised_real:.3f})"
   )
   return 0
 
@@ -108,17 +108,17 @@ def score(images: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
   real = datasets.load_digits()
   to_uint8 = lambda x: np.round(x * (255 / 16))
   x_fit, x_held, y_fit, y_held = model_selection.train_test_split(
-      to_uint8(real.data) / 255,
-      real.target,
-      test_size=0.5,
-      stratify=real.target,
-      random_state=0,
+    to_uint8(real.data) / 255,
+    real.target,
+    test_size=0.5,
+    stratify=real.target,
+    random_state=0,
   )
   classifier = svm.SVC(gamma="scale", C=10.0).fit(x_fit, y_fit)
   samples = images[..., 0].reshape(len(images), -1) / 255
   return (
-      float(np.mean(classifier.predict(samples) == labels)),
-      float(classifier.score(x_held, y_held)),
+    float(np.mean(classifier.predict(samples) == labels)),
+    float(classifier.score(x_held, y_held)),
   )
 
 

@@ -1,6 +1,6 @@
 """Exports a run's EMA weights as one safetensors file that describes itself.
 
-  python -m diffit_jax.export --workdir=runs/ffhq64 --out=ffhq64.safetensors
+python -m diffit_jax.export --workdir=runs/ffhq64 --out=ffhq64.safetensors
 """
 
 from absl import flags
@@ -10,7 +10,7 @@ from diffit_jax import cli
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _OUT = flags.DEFINE_string("out", None, "The .safetensors file to write.")
 _EMA = flags.DEFINE_string(
-    "ema", None, "Name of the average; none for the raw parameters."
+  "ema", None, "Name of the average; none for the raw parameters."
 )
 
 
@@ -23,13 +23,13 @@ def main() -> int:
 
   loaded = weights.from_workdir(_WORKDIR.value, make_mesh(), _EMA.value)
   native.save(
-      _OUT.value,
-      loaded.params,
-      {
-          "config": loaded.config.to_json_best_effort(),
-          "step": str(loaded.step),
-          "ema": loaded.ema,
-      },
+    _OUT.value,
+    loaded.params,
+    {
+      "config": loaded.config.to_json_best_effort(),
+      "step": str(loaded.step),
+      "ema": loaded.ema,
+    },
   )
   print(f"{_OUT.value}: step {loaded.step}, ema {loaded.ema}")
   return 0

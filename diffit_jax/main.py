@@ -13,24 +13,24 @@ from ml_collections import config_flags
 from diffit_jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, with variants after a colon."
+  "config", None, "Config file, with variants after a colon."
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; default runs/<name of the config>."
+  "workdir", None, "Folder of the run; default runs/<name of the config>."
 )
 _DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Prepared data sets; default $TFDS_DATA_DIR."
+  "data_dir", None, "Prepared data sets; default $TFDS_DATA_DIR."
 )
 _DRY_RUN = flags.DEFINE_bool(
-    "dry_run",
-    False,
-    "Print config, parameters, MACs and memory per device, and exit. Needs no"
-    " data.",
+  "dry_run",
+  False,
+  "Print config, parameters, MACs and memory per device, and exit. Needs no"
+  " data.",
 )
 
 
 def main() -> int:
-  config = cli.required_config(_CONFIG.value)
+  config = cli.required_config(_CONFIG)
   if _DRY_RUN.value:
     from diffit_jax.training import report
 
@@ -40,10 +40,10 @@ def main() -> int:
   from diffit_jax.training.loop import train
 
   finished = train(
-      config,
-      _WORKDIR.value or f"runs/{config.name}",
-      _DATA_DIR.value,
-      make_grid_sampler,
+    config,
+    _WORKDIR.value or f"runs/{config.name}",
+    _DATA_DIR.value,
+    make_grid_sampler,
   )
   return 0 if finished else cli.REQUEUE
 

@@ -19,23 +19,23 @@ class Progress:
   """
 
   def __init__(
-      self,
-      total: int | None,
-      label: str,
-      unit: str,
-      initial: int = 0,
-      every_seconds: float = 10.0,
+    self,
+    total: int | None,
+    label: str,
+    unit: str,
+    initial: int = 0,
+    every_seconds: float = 10.0,
   ):
     self._is_terminal = sys.stderr.isatty()
     self._label, self._unit, self._every = label, unit, every_seconds
     self._next_line = time.monotonic() + every_seconds
     self._bar = tqdm.tqdm(
-        total=total,
-        desc=label,
-        unit=f" {unit}",
-        initial=initial,
-        disable=not self._is_terminal,
-        dynamic_ncols=True,
+      total=total,
+      desc=label,
+      unit=f" {unit}",
+      initial=initial,
+      disable=not self._is_terminal,
+      dynamic_ncols=True,
     )
     self._total, self._done, self._initial = total, initial, initial
     self._start = time.monotonic()

@@ -14,11 +14,11 @@ from diffit_jax import cli
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A .safetensors file that diffit_jax.export wrote."
+  "checkpoint", None, "A .safetensors file that diffit_jax.export wrote."
 )
 _OUT = flags.DEFINE_string("out", None, "Folder for the images.")
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 64, "Images per call of the network, over all devices."
+  "batch_size", 64, "Images per call of the network, over all devices."
 )
 _SAMPLING = cli.define_sampling_flags()
 
@@ -36,13 +36,13 @@ def main() -> int:
     loaded = weights.from_file(_CHECKPOINT.value, mesh, _SAMPLING.ema.value)
   _SAMPLING.apply(loaded.config.sampler)
   result = job.sample_to_folder(
-      loaded,
-      mesh,
-      _OUT.value,
-      num=_SAMPLING.num.value,
-      seed=_SAMPLING.seed.value,
-      labels=_SAMPLING.labels.value,
-      batch_size=_BATCH_SIZE.value,
+    loaded,
+    mesh,
+    _OUT.value,
+    num=_SAMPLING.num.value,
+    seed=_SAMPLING.seed.value,
+    labels=_SAMPLING.labels.value,
+    batch_size=_BATCH_SIZE.value,
   )
   if result is None:
     return cli.REQUEUE

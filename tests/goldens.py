@@ -12,7 +12,11 @@ def hfill(key: str, shape: tuple[int, ...], amplitude: float) -> np.ndarray:
   j = np.arange(int(np.prod(shape)), dtype=np.uint64)
   mask = np.uint64(0xFFFFFFFF)
   z = (j + np.uint64(1 + 104729 * sum(key.encode()))) & mask
-  for multiplier, shift in ((2654435761, 15), (2246822519, 13), (3266489917, 16)):
+  for multiplier, shift in (
+    (2654435761, 15),
+    (2246822519, 13),
+    (3266489917, 16),
+  ):
     z = (z * np.uint64(multiplier)) & mask
     z = z ^ (z >> np.uint64(shift))
   return (amplitude * (2 * z / 2.0**32 - 1)).reshape(shape)

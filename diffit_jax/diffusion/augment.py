@@ -46,12 +46,22 @@ from diffit_jax.errors import UserError
 NUM_LABELS = 9
 GEOMETRIC = ("scale", "rotate", "aniso_weight", "translate_x", "translate_y")
 
-SYM6 = np.array([  # decomposition low-pass, sum sqrt(2)
-    0.015404109327027373, 0.0034907120842174702, -0.11799011114819057,
-    -0.048311742585633, 0.4910559419267466, 0.787641141030194,
-    0.3379294217276218, -0.07263752278646252, -0.021060292512300564,
-    0.04472490177066578, 0.0017677118642428036, -0.007800708325034148,
-])
+SYM6 = np.array(
+  [  # decomposition low-pass, sum sqrt(2)
+    0.015404109327027373,
+    0.0034907120842174702,
+    -0.11799011114819057,
+    -0.048311742585633,
+    0.4910559419267466,
+    0.787641141030194,
+    0.3379294217276218,
+    -0.07263752278646252,
+    -0.021060292512300564,
+    0.04472490177066578,
+    0.0017677118642428036,
+    -0.007800708325034148,
+  ]
+)
 MARGIN = 6  # pixels that (4) reads in total beyond an image's side
 
 Params = dict[str, jax.Array]
@@ -63,22 +73,22 @@ def draw_one(key: jax.Array, p: float) -> Params:
   gate_probs = jnp.array([min(1e8 * p, 1.0)] + 5 * [p])
   as_float = lambda flags: flags.astype(jnp.float32)
   xflip, yflip, scale, rotate, aniso, translate = as_float(
-      jax.random.bernoulli(gate_key, gate_probs)
+    jax.random.bernoulli(gate_key, gate_probs)
   )
   coins = as_float(jax.random.bernoulli(coin_key, 0.5, (3,)))
   angles = jax.random.uniform(
-      angle_key, (2,), jnp.float32, minval=-jnp.pi, maxval=jnp.pi
+    angle_key, (2,), jnp.float32, minval=-jnp.pi, maxval=jnp.pi
   )
   normals = jax.random.normal(normal_key, (4,), jnp.float32)
   return dict(
-      xflip=xflip * coins[0],
-      yflip=yflip * coins[1],
-      scale=scale * normals[0],
-      rotate=rotate * angles[0],
-      aniso_weight=aniso * normals[1],
-      aniso_angle=aniso * coins[2] * angles[1],
-      translate_x=translate * normals[2],
-      translate_y=translate * normals[3],
+    xflip=xflip * coins[0],
+    yflip=yflip * coins[1],
+    scale=scale * normals[0],
+    rotate=rotate * angles[0],
+    aniso_weight=aniso * normals[1],
+    aniso_angle=aniso * coins[2] * angles[1],
+    translate_x=translate * normals[2],
+    translate_y=translate * normals[3],
   )
 
 
@@ -108,10 +118,15 @@ def labels(params: Params) -> jax.Array:
   """[n, 9] float32 labels, in the order of the table."""
   a, w, r = params["rotate"], params["aniso_weight"], params["aniso_angle"]
   columns = [
-      params["xflip"], params["yflip"], params["scale"],
-      jnp.cos(a) - 1, jnp.sin(a),
-      w * jnp.cos(r), w * jnp.sin(r),
-      params["translate_x"], params["translate_y"],
+    params["xflip"],
+    params["yflip"],
+    params["scale"],
+    jnp.cos(a) - 1,
+    jnp.sin(a),
+    w * jnp.cos(r),
+    w * jnp.sin(r),
+    params["translate_x"],
+    params["translate_y"],
   ]
   return jnp.stack([jnp.asarray(c, jnp.float32) for c in columns], axis=-1)
 
@@ -134,10 +149,10 @@ def augment(images: jax.Array, params: Params) -> jax.Array:
   x = jnp.where(per_image(params["yflip"] > 0.5), x[:, ::-1], x)
   _, h, w, _ = x.shape
   active = functools.reduce(
-      jnp.logical_or, [params[name] != 0 for name in GEOMETRIC]
+    jnp.logical_or, [params[name] != 0 for name in GEOMETRIC]
   )
   return jnp.where(
-      per_image(active), _resample(x, _inverse_affine(params, h, w)), x
+    per_image(active), _resample(x, _inverse_affine(params, h, w)), x
   )
 
 
@@ -233,7 +248,7 @@ def _downsample_matrix(side: int) -> np.ndarray:
   padded = np.pad(np.eye(2 * (side + MARGIN)), ((5, 5), (0, 0)))
   start = MARGIN // 2
   return np.stack(
-      [SYM6 @ padded[2 * i : 2 * i + 12] for i in range(start, start + side)]
+    [SYM6 @ padded[2 * i : 2 * i + 12] for i in range(start, start + side)]
   )
 
 

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 
 def precondition(
-    sigma: jax.Array, sigma_data: float
+  sigma: jax.Array, sigma_data: float
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """The coefficients of (1).
 
@@ -51,11 +51,11 @@ def precondition(
 
 
 def denoise(
-    network: Callable[[jax.Array, jax.Array], jax.Array],
-    x: jax.Array,
-    sigma: jax.Array,
-    *,
-    sigma_data: float,
+  network: Callable[[jax.Array, jax.Array], jax.Array],
+  x: jax.Array,
+  sigma: jax.Array,
+  *,
+  sigma_data: float,
 ) -> jax.Array:
   """D(x; sigma), equation (1).
 
@@ -74,9 +74,7 @@ def denoise(
   return _per_image(c_skip) * x + _per_image(c_out) * F
 
 
-def sample_sigma(
-    keys: jax.Array, *, P_mean: float, P_std: float
-) -> jax.Array:
+def sample_sigma(keys: jax.Array, *, P_mean: float, P_std: float) -> jax.Array:
   """Training noise levels (2), one per image: keys [b] -> sigma [b]."""
   n = jax.vmap(lambda key: jax.random.normal(key, (), jnp.float32))(keys)
   return jnp.exp(P_mean + P_std * n)
@@ -89,7 +87,7 @@ def loss_weight(sigma: jax.Array, sigma_data: float) -> jax.Array:
 
 
 def loss(
-    D: jax.Array, y: jax.Array, sigma: jax.Array, sigma_data: float
+  D: jax.Array, y: jax.Array, sigma: jax.Array, sigma_data: float
 ) -> jax.Array:
   """Weighted squared error (4), summed over each image.
 
@@ -107,7 +105,7 @@ def loss(
 
 
 def learning_rate_factor(
-    num_images_seen: jax.Array | int, rampup_images: int
+  num_images_seen: jax.Array | int, rampup_images: int
 ) -> jax.Array:
   """Linear warm-up: min(num_images_seen / rampup_images, 1), float32.
 

@@ -33,14 +33,14 @@ class Result:
 
 
 def sample_to_folder(
-    weights: Weights,
-    mesh: Mesh,
-    out: str | os.PathLike,
-    *,
-    num: int,
-    seed: int,
-    labels: str = "random",
-    batch_size: int = 64,
+  weights: Weights,
+  mesh: Mesh,
+  out: str | os.PathLike,
+  *,
+  num: int,
+  seed: int,
+  labels: str = "random",
+  batch_size: int = 64,
 ) -> Result | None:
   """Samples images 0..num-1 that are not in the folder yet.
 
@@ -64,7 +64,7 @@ def sample_to_folder(
   config, model = weights.config, models.make_model(weights.config.model)
   generate = generator.make_generator(model, config, mesh)
   classes = lambda index: generator.choose_labels(
-      index, seed, model.num_classes, labels
+    index, seed, model.num_classes, labels
   )
   classes(np.arange(1))  # refuses wrong labels before anything is written
   folder = pathlib.Path(out)
@@ -78,16 +78,16 @@ def sample_to_folder(
       num, num - len(waiting), weights.source, weights.ema,
   )  # fmt: skip
   with (
-      StopRequest() as stop,
-      Progress(num, "sampling", "images", num - len(waiting)) as progress,
-      futures.ThreadPoolExecutor(4) as pool,
+    StopRequest() as stop,
+    Progress(num, "sampling", "images", num - len(waiting)) as progress,
+    futures.ThreadPoolExecutor(4) as pool,
   ):
     for batch in batches:
       if stop.requested:
         return None
       index = np.arange(batch * batch_size, (batch + 1) * batch_size)
       images = generate(
-          weights.params, seed, index.astype(np.uint32), classes(index)
+        weights.params, seed, index.astype(np.uint32), classes(index)
       )
       images = np.asarray(images)
       wanted = [i for i in index if i < num and not image_path(i).exists()]
@@ -98,7 +98,9 @@ def sample_to_folder(
           wanted,
       ))  # fmt: skip
       progress.update(len(wanted))
-  return _finish(folder, image_path, num, classes if model.num_classes else None)
+  return _finish(
+    folder, image_path, num, classes if model.num_classes else None
+  )
 
 
 def _settings(weights: Weights, seed: int, labels: str) -> dict:
@@ -106,14 +108,14 @@ def _settings(weights: Weights, seed: int, labels: str) -> dict:
   sampler = dict(weights.config.sampler)
   sampler.pop("num_grid", None)
   return {
-      "weights_sha256": hash_tree(weights.params),
-      "step": weights.step,
-      "ema": weights.ema,
-      "seed": seed,
-      "labels": labels,
-      "sampler": sampler,
-      "dtype": weights.config.model.dtype,
-      "matmul_precision": weights.config.matmul_precision,
+    "weights_sha256": hash_tree(weights.params),
+    "step": weights.step,
+    "ema": weights.ema,
+    "seed": seed,
+    "labels": labels,
+    "sampler": sampler,
+    "dtype": weights.config.model.dtype,
+    "matmul_precision": weights.config.matmul_precision,
   }
 
 
@@ -138,8 +140,8 @@ def _claim(folder: pathlib.Path, settings: dict) -> None:
     different = [key for key in settings if old.get(key) != settings[key]]
     if different:
       raise UserError(
-          f"{folder} holds samples of other settings"
-          f" ({', '.join(different)} differ): use another --out or delete it"
+        f"{folder} holds samples of other settings"
+        f" ({', '.join(different)} differ): use another --out or delete it"
       )
   try:
     (folder / "images").mkdir(parents=True, exist_ok=True)

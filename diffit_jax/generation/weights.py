@@ -53,14 +53,14 @@ def read_config(workdir: str | os.PathLike) -> config_dict.ConfigDict:
   path = pathlib.Path(workdir) / "config.json"
   if not path.is_file():
     raise UserError(
-        f"{workdir} holds no run ({path} is missing): train one with python -m"
-        f" diffit_jax.main --config=... --workdir={workdir}"
+      f"{workdir} holds no run ({path} is missing): train one with python -m"
+      f" diffit_jax.main --config=... --workdir={workdir}"
     )
   return config_dict.ConfigDict(json.loads(path.read_text()))
 
 
 def from_workdir(
-    workdir: str | os.PathLike, mesh: Mesh, ema: str | None = None
+  workdir: str | os.PathLike, mesh: Mesh, ema: str | None = None
 ) -> Weights:
   """The newest readable checkpoint's EMA (or raw) parameters.
 
@@ -80,12 +80,12 @@ def from_workdir(
   steps = checkpoint.list_steps(workdir)
   if not steps:
     raise UserError(
-        f"{workdir} has no finished checkpoint yet: train further, a save comes"
-        f" every {config.save_every_steps} steps"
+      f"{workdir} has no finished checkpoint yet: train further, a save comes"
+      f" every {config.save_every_steps} steps"
     )
   shapes = parameter_shapes(models.make_model(config.model), config)
   place = lambda leaf: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=replicated(mesh)
+    leaf.shape, leaf.dtype, sharding=replicated(mesh)
   )
   shapes = jax.tree.map(place, shapes)
   item, target = "params", shapes
@@ -103,7 +103,7 @@ def from_workdir(
 
 
 def from_file(
-    path: str | os.PathLike, mesh: Mesh, ema: str | None = None
+  path: str | os.PathLike, mesh: Mesh, ema: str | None = None
 ) -> Weights:
   """Weights from a file that `export` wrote; it carries its own config."""
   params, header = native.load(path)
@@ -111,9 +111,7 @@ def from_file(
     raise UserError(f"ema={ema!r}: {path} holds only {header['ema']!r}")
   config = config_dict.ConfigDict(json.loads(header["config"]))
   native.check_tree(
-      params, parameter_shapes(models.make_model(config.model), config), path
+    params, parameter_shapes(models.make_model(config.model), config), path
   )
   params = jax.device_put(params, replicated(mesh))
-  return Weights(
-      params, config, int(header["step"]), header["ema"], str(path)
-  )
+  return Weights(params, config, int(header["step"]), header["ema"], str(path))

@@ -22,7 +22,7 @@ _KEYS = ("format", "config", "step", "ema")
 
 
 def save(
-    path: str | os.PathLike, params: Mapping, header: Mapping[str, str]
+  path: str | os.PathLike, params: Mapping, header: Mapping[str, str]
 ) -> None:
   """Writes `params` atomically.
 
@@ -39,9 +39,7 @@ def save(
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(path.name + ".partial")
   try:
-    safetensors.numpy.save_file(
-        tensors, partial, {"format": FORMAT, **header}
-    )
+    safetensors.numpy.save_file(tensors, partial, {"format": FORMAT, **header})
     os.replace(partial, path)
   except (OSError, safetensors.SafetensorError) as error:
     partial.unlink(missing_ok=True)
@@ -59,15 +57,15 @@ def load(path: str | os.PathLike) -> tuple[dict, dict[str, str]]:
       flat = {name: file.get_tensor(name) for name in file.keys()}
   except safetensors.SafetensorError as error:
     raise UserError(
-        f"{path} is not a whole safetensors file ({error}): copy it again, or"
-        " make one with python -m diffit_jax.export (pickles such as .pth are"
-        " never loaded)"
+      f"{path} is not a whole safetensors file ({error}): copy it again, or"
+      " make one with python -m diffit_jax.export (pickles such as .pth are"
+      " never loaded)"
     ) from error
   missing = [key for key in _KEYS if key not in header]
   if missing or header["format"] != FORMAT:
     raise UserError(
-        f"{path} was not written by diffit_jax.export: its header lacks"
-        f" {missing or FORMAT}"
+      f"{path} was not written by diffit_jax.export: its header lacks"
+      f" {missing or FORMAT}"
     )
   return traverse_util.unflatten_dict(flat, sep="/"), header
 
@@ -75,22 +73,26 @@ def load(path: str | os.PathLike) -> tuple[dict, dict[str, str]]:
 def check_tree(params: Mapping, expected: Mapping, path) -> None:
   """Names every parameter that is missing, unknown or of another shape."""
   shapes = lambda tree: {
-      name: leaf.shape
-      for name, leaf in traverse_util.flatten_dict(dict(tree), sep="/").items()
+    name: leaf.shape
+    for name, leaf in traverse_util.flatten_dict(dict(tree), sep="/").items()
   }
   found, wanted = shapes(params), shapes(expected)
   if found == wanted:
     return
-  problems = [f"missing {name}" for name in sorted(wanted.keys() - found.keys())]
-  problems += [f"unknown {name}" for name in sorted(found.keys() - wanted.keys())]
+  problems = [
+    f"missing {name}" for name in sorted(wanted.keys() - found.keys())
+  ]
   problems += [
-      f"{name} is {found[name]} instead of {wanted[name]}"
-      for name in sorted(found.keys() & wanted.keys())
-      if found[name] != wanted[name]
+    f"unknown {name}" for name in sorted(found.keys() - wanted.keys())
+  ]
+  problems += [
+    f"{name} is {found[name]} instead of {wanted[name]}"
+    for name in sorted(found.keys() & wanted.keys())
+    if found[name] != wanted[name]
   ]
   raise UserError(
-      f"{path} does not fit its config: {'; '.join(problems[:20])}"
-      + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
+    f"{path} does not fit its config: {'; '.join(problems[:20])}"
+    + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
   )
 
 

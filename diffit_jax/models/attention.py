@@ -40,9 +40,7 @@ def relative_position_bias(table: jax.Array, side: int) -> jax.Array:
   Returns:
     [heads, side^2, side^2], axes (head, query, key), of the table's dtype.
   """
-  table = einops.rearrange(
-      table, "(row col) h -> h row col", row=2 * side - 1
-  )
+  table = einops.rearrange(table, "(row col) h -> h row col", row=2 * side - 1)
   bias = _toeplitz(_toeplitz(table, side), side)  # [h, rn, rm -> cn, cm]
   return einops.rearrange(bias, "h rn rm cn cm -> h (rn cn) (rm cm)")
 
@@ -76,8 +74,8 @@ def effective_window(side: int, window_size: int | None) -> int:
   if window_size < 1 or side % window_size:
     divisors = [w for w in range(1, side + 1) if side % w == 0]
     raise UserError(
-        f"window_size={window_size} does not divide the {side}x{side} feature"
-        f" map: use one of {divisors}, or anything larger for global attention"
+      f"window_size={window_size} does not divide the {side}x{side} feature"
+      f" map: use one of {divisors}, or anything larger for global attention"
     )
   return window_size
 
@@ -107,46 +105,46 @@ class TMSA(nn.Module):
     side = min(height, width)
     if height != width and (self.window_size or side + 1) > side:
       raise UserError(
-          f"global attention needs a square feature map, not {height}x{width}"
+        f"global attention needs a square feature map, not {height}x{width}"
       )
     window = effective_window(side, self.window_size)
     effective_window(max(height, width), window)
     table = self.param(
-        "relative_position_bias_table",
-        nn.initializers.normal(0.02),
-        ((2 * window - 1) ** 2, self.num_heads),
+      "relative_position_bias_table",
+      nn.initializers.normal(0.02),
+      ((2 * window - 1) ** 2, self.num_heads),
     )
     bias = relative_position_bias(table, window)  # [heads, n, n]
 
     dense = lambda name: nn.Dense(
-        3 * channels, dtype=self.dtype, kernel_init=XAVIER, name=name
+      3 * channels, dtype=self.dtype, kernel_init=XAVIER, name=name
     )
     qkv = dense("qkv")(x)
     # The seam: time enters here and nowhere else in the network.
     qkv += dense("qkv_temb")(time)[:, None, None, :]
 
     q, k, v = einops.rearrange(
-        qkv,
-        "b (i p) (j q) (which h d) -> which b (i j) (p q) h d",
-        which=3,
-        h=self.num_heads,
-        p=window,
-        q=window,
+      qkv,
+      "b (i p) (j q) (which h d) -> which b (i j) (p q) h d",
+      which=3,
+      h=self.num_heads,
+      p=window,
+      q=window,
     )
     out = attend(q, k, v, bias)
     out = einops.rearrange(
-        out,
-        "b (i j) (p q) h d -> b (i p) (j q) (h d)",
-        i=height // window,
-        p=window,
+      out,
+      "b (i j) (p q) h d -> b (i p) (j q) (h d)",
+      i=height // window,
+      p=window,
     )
     return nn.Dense(
-        channels, dtype=self.dtype, kernel_init=self.proj_init, name="proj"
+      channels, dtype=self.dtype, kernel_init=self.proj_init, name="proj"
     )(out)
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array
+  q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array
 ) -> jax.Array:
   """Equation (6): softmax(q k^T / sqrt(d) + B) v, softmax in float32.
 
@@ -161,10 +159,10 @@ def attend(
   """
   scale = q.shape[-1] ** -0.5
   logits = jnp.einsum(
-      "...nhd,...mhd->...hnm",
-      q * jnp.asarray(scale, q.dtype),
-      k,
-      preferred_element_type=jnp.promote_types(q.dtype, jnp.float32),
+    "...nhd,...mhd->...hnm",
+    q * jnp.asarray(scale, q.dtype),
+    k,
+    preferred_element_type=jnp.promote_types(q.dtype, jnp.float32),
   )
   weights = jax.nn.softmax(logits + bias, axis=-1).astype(v.dtype)
   return jnp.einsum("...hnm,...mhd->...nhd", weights, v)

@@ -9,8 +9,9 @@
 (10) is a second residual level around the block's own two. Where a ResBlock
 changes the width, x in (10) goes through a 1x1 convolution.
 CHOICE: LayerNorm without affine parameters (the released latent model), MLP
-ratio 4 with tanh-GELU, dropout between the two linear maps of the MLP, GroupNorm
-with min(32, c/4) groups and eps 1e-6 (EDM); the paper gives none of these.
+ratio 4 with tanh-GELU, dropout between the two linear maps of the MLP,
+GroupNorm with min(32, c/4) groups and eps 1e-6 (EDM); the paper gives
+none of these.
 """
 
 from flax import linen as nn
@@ -25,7 +26,7 @@ NEAR_ZERO = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
 
 
 def drop_out(
-    x: jax.Array, rate: float, key: jax.Array, sample_index: jax.Array
+  x: jax.Array, rate: float, key: jax.Array, sample_index: jax.Array
 ) -> jax.Array:
   """Dropout whose mask depends on (key, sample index), not on the row.
 
@@ -41,7 +42,7 @@ def drop_out(
 
   def mask(index):
     return jax.random.bernoulli(
-        jax.random.fold_in(key, index), 1 - rate, x.shape[1:]
+      jax.random.fold_in(key, index), 1 - rate, x.shape[1:]
     )
 
   keep = jax.vmap(mask)(sample_index)
@@ -51,42 +52,40 @@ def drop_out(
 def layer_norm(dtype: jnp.dtype) -> nn.LayerNorm:
   """LayerNorm without affine parameters, statistics in float32."""
   return nn.LayerNorm(
-      epsilon=1e-6,
-      use_bias=False,
-      use_scale=False,
-      use_fast_variance=False,
-      dtype=dtype,
+    epsilon=1e-6,
+    use_bias=False,
+    use_scale=False,
+    use_fast_variance=False,
+    dtype=dtype,
   )
 
 
 def group_norm(channels: int, dtype: jnp.dtype, name: str) -> nn.GroupNorm:
   """GroupNorm with EDM's group count, statistics in float32."""
   return nn.GroupNorm(
-      num_groups=max(min(32, channels // 4), 1),
-      epsilon=1e-6,
-      use_fast_variance=False,
-      dtype=dtype,
-      name=name,
+    num_groups=max(min(32, channels // 4), 1),
+    epsilon=1e-6,
+    use_fast_variance=False,
+    dtype=dtype,
+    name=name,
   )
 
 
 class MLP(nn.Module):
   """Linear -> GELU (tanh) -> dropout -> Linear, width c -> ratio c -> c."""
 
-  ratio: int
+  ratio: float
   dropout: float
   dtype: jnp.dtype
   last_init: nn.initializers.Initializer
 
   @nn.compact
-  def __call__(
-      self, x: jax.Array, sample_index: jax.Array | None
-  ) -> jax.Array:
+  def __call__(self, x: jax.Array, sample_index: jax.Array | None) -> jax.Array:
     channels = x.shape[-1]
     dense = lambda name, features, init: nn.Dense(
-        features, dtype=self.dtype, kernel_init=init, name=name
+      features, dtype=self.dtype, kernel_init=init, name=name
     )
-    x = nn.gelu(dense("fc1", self.ratio * channels, XAVIER)(x))
+    x = nn.gelu(dense("fc1", round(self.ratio * channels), XAVIER)(x))
     if self.dropout and sample_index is not None:
       x = drop_out(x, self.dropout, self.make_rng("dropout"), sample_index)
     return dense("fc2", channels, self.last_init)(x)
@@ -106,31 +105,31 @@ class DiffiTBlock(nn.Module):
 
   num_heads: int
   window_size: int | None = None
-  mlp_ratio: int = 4
+  mlp_ratio: float = 4
   dropout: float = 0.0
   dtype: jnp.dtype = jnp.float32
   last_init: nn.initializers.Initializer = XAVIER
 
   @nn.compact
   def __call__(
-      self,
-      x: jax.Array,
-      time: jax.Array,
-      sample_index: jax.Array | None = None,
+    self,
+    x: jax.Array,
+    time: jax.Array,
+    sample_index: jax.Array | None = None,
   ) -> jax.Array:
     """[b, h, w, c], [b, ct] -> [b, h, w, c].
 
     `sample_index` [b] turns dropout on (with a "dropout" rng); None is off.
     """
     attention = TMSA(
-        self.num_heads,
-        self.window_size,
-        dtype=self.dtype,
-        proj_init=self.last_init,
-        name="attn",
+      self.num_heads,
+      self.window_size,
+      dtype=self.dtype,
+      proj_init=self.last_init,
+      name="attn",
     )
     mlp = MLP(
-        self.mlp_ratio, self.dropout, self.dtype, self.last_init, name="mlp"
+      self.mlp_ratio, self.dropout, self.dtype, self.last_init, name="mlp"
     )
     x = x + attention(layer_norm(self.dtype)(x), time)  # (7)
     return x + mlp(layer_norm(self.dtype)(x), sample_index)  # (8)
@@ -157,20 +156,20 @@ class ResBlock(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      x: jax.Array,
-      time: jax.Array,
-      sample_index: jax.Array | None = None,
+    self,
+    x: jax.Array,
+    time: jax.Array,
+    sample_index: jax.Array | None = None,
   ) -> jax.Array:
     """[b, h, w, c], [b, ct] -> [b, h, w, features]."""
     block = DiffiTBlock(
-        num_heads=self.features // self.head_dim,
-        window_size=self.window_size,
-        mlp_ratio=self.mlp_ratio,
-        dropout=self.dropout,
-        dtype=self.dtype,
-        last_init=NEAR_ZERO,
-        name="block",
+      num_heads=self.features // self.head_dim,
+      window_size=self.window_size,
+      mlp_ratio=self.mlp_ratio,
+      dropout=self.dropout,
+      dtype=self.dtype,
+      last_init=NEAR_ZERO,
+      name="block",
     )
     h = nn.silu(group_norm(x.shape[-1], self.dtype, "norm")(x))
     h = conv(self.features, 3, self.dtype, "conv")(h)  # (9)
@@ -180,20 +179,20 @@ class ResBlock(nn.Module):
 
 
 def conv(
-    features: int,
-    side: int,
-    dtype: jnp.dtype,
-    name: str,
-    stride: int = 1,
-    init: nn.initializers.Initializer = XAVIER,
+  features: int,
+  side: int,
+  dtype: jnp.dtype,
+  name: str,
+  stride: int = 1,
+  init: nn.initializers.Initializer = XAVIER,
 ) -> nn.Conv:
   """side x side convolution with side//2 zeros of padding on every edge."""
   return nn.Conv(
-      features,
-      (side, side),
-      strides=stride,
-      padding=side // 2,
-      dtype=dtype,
-      kernel_init=init,
-      name=name,
+    features,
+    (side, side),
+    strides=stride,
+    padding=side // 2,
+    dtype=dtype,
+    kernel_init=init,
+    name=name,
   )

@@ -3,14 +3,15 @@
   tokenizer Conv3x3
   encoder   level k = 0, 1, ..: ResBlocks, then a stride-2 Conv3x3
   the last level is the bottleneck, shared by both paths
-  decoder   level k = .., 1, 0: nearest x2 + Conv3x3, encoder's output beside it,
-            ResBlocks
+  decoder   level k = .., 1, 0: nearest x2 + Conv3x3, the encoder's output
+            beside it, ResBlocks
   head      GroupNorm -> SiLU -> Conv3x3
 
 A level's width changes inside its first ResBlock; resizing keeps the width.
 CHOICE (the paper is silent or contradicts itself; `docs/decisions.md`): heads
-64 wide; the encoder level's output before downsampling is what its decoder level
-concatenates; SiLU in the head as in EDM; no convolution at the decoder's start.
+64 wide; the encoder level's output before downsampling is what its decoder
+level concatenates; SiLU in the head as in EDM; no convolution at the
+decoder's start.
 """
 
 from collections.abc import Sequence
@@ -24,9 +25,9 @@ from diffit_jax.models.blocks import NEAR_ZERO, ResBlock, conv, group_norm
 from diffit_jax.models.embeddings import NoiseEmbedding
 
 OPTIONS = {
-    "skip": ("concat", "add", "per_block"),
-    "head_act": ("silu", "none"),
-    "resize": ("conv", "bilinear"),
+  "skip": ("concat", "add", "per_block"),
+  "head_act": ("silu", "none"),
+  "resize": ("conv", "bilinear"),
 }
 
 
@@ -78,12 +79,12 @@ class ImageDiffiT(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      x: jax.Array,
-      c_noise: jax.Array,
-      labels: jax.Array | None = None,
-      augment_labels: jax.Array | None = None,
-      sample_index: jax.Array | None = None,
+    self,
+    x: jax.Array,
+    c_noise: jax.Array,
+    labels: jax.Array | None = None,
+    augment_labels: jax.Array | None = None,
+    sample_index: jax.Array | None = None,
   ) -> jax.Array:
     """Runs the network.
 
@@ -103,26 +104,26 @@ class ImageDiffiT(nn.Module):
     """
     widths, depths = self._check(x)
     time = NoiseEmbedding(
-        self.base_channels,
-        self.time_dim,
-        self.num_classes,
-        self.augment_dim,
-        name="embedding",
+      self.base_channels,
+      self.time_dim,
+      self.num_classes,
+      self.augment_dim,
+      name="embedding",
     )(c_noise, labels, augment_labels)
 
     def res_block(h, width, name):
       return ResBlock(
-          width,
-          self.head_dim,
-          self.window_size,
-          self.mlp_ratio,
-          self.dropout,
-          self.dtype,
-          name=name,
+        width,
+        self.head_dim,
+        self.window_size,
+        self.mlp_ratio,
+        self.dropout,
+        self.dtype,
+        name=name,
       )(h, time, sample_index)
 
     h = conv(self.base_channels, 3, self.dtype, "tokenizer")(
-        x.astype(self.dtype)
+      x.astype(self.dtype)
     )
     skips = []
     for level, (width, depth) in enumerate(zip(widths, depths)):
@@ -155,7 +156,7 @@ class ImageDiffiT(nn.Module):
     for field, allowed in OPTIONS.items():
       if getattr(self, field) not in allowed:
         raise UserError(
-            f"model.{field}={getattr(self, field)!r}: use one of {allowed}"
+          f"model.{field}={getattr(self, field)!r}: use one of {allowed}"
         )
     levels = len(self.channel_mult)
     widths = [self.base_channels * m for m in self.channel_mult]
@@ -163,24 +164,24 @@ class ImageDiffiT(nn.Module):
     depths = [depths] * levels if isinstance(depths, int) else list(depths)
     if len(depths) != levels:
       raise UserError(
-          f"model.num_blocks={depths} has {len(depths)} entries for"
-          f" {levels} levels: give one number or {levels}"
+        f"model.num_blocks={depths} has {len(depths)} entries for"
+        f" {levels} levels: give one number or {levels}"
       )
     bad = [width for width in widths if width % self.head_dim]
     if bad:
       raise UserError(
-          f"model.head_dim={self.head_dim} does not divide the level width"
-          f" {bad[0]}"
+        f"model.head_dim={self.head_dim} does not divide the level width"
+        f" {bad[0]}"
       )
     if x.shape[-1] != self.channels:
       raise UserError(
-          f"images have {x.shape[-1]} channels, model.channels={self.channels}"
+        f"images have {x.shape[-1]} channels, model.channels={self.channels}"
       )
     factor = 2 ** (levels - 1)
     if x.shape[1] % factor or x.shape[2] % factor:
       raise UserError(
-          f"images of {x.shape[1]}x{x.shape[2]} cannot be halved"
-          f" {levels - 1} times for the {levels} levels of model.channel_mult"
+        f"images of {x.shape[1]}x{x.shape[2]} cannot be halved"
+        f" {levels - 1} times for the {levels} levels of model.channel_mult"
       )
     return widths, depths
 

@@ -42,11 +42,11 @@ class Carry(NamedTuple):
 
 
 def noise_levels(
-    steps: int,
-    *,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
-    rho: float = 7.0,
+  steps: int,
+  *,
+  sigma_min: float = 0.002,
+  sigma_max: float = 80.0,
+  rho: float = 7.0,
 ) -> np.ndarray:
   """(1): [steps + 1] float64, falling from sigma_max to 0."""
   i = np.arange(steps) / max(steps - 1, 1)
@@ -55,15 +55,15 @@ def noise_levels(
 
 
 def make_solver(
-    steps: int,
-    *,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
-    rho: float = 7.0,
-    S_churn: float = 0.0,
-    S_min: float = 0.0,
-    S_max: float = float("inf"),
-    S_noise: float = 1.0,
+  steps: int,
+  *,
+  sigma_min: float = 0.002,
+  sigma_max: float = 80.0,
+  rho: float = 7.0,
+  S_churn: float = 0.0,
+  S_min: float = 0.0,
+  S_max: float = float("inf"),
+  S_noise: float = 1.0,
 ) -> Solver:
   """Algorithm 2 for a denoiser (x, sigma [b]) -> D; see the module.
 
@@ -75,7 +75,7 @@ def make_solver(
   if rho <= 0 or S_churn < 0 or S_noise < 0:
     raise UserError(f"need {rho=} > 0, {S_churn=} >= 0, {S_noise=} >= 0")
   levels = noise_levels(
-      steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho
+    steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho
   )
   sigma, following = levels[:-1], levels[1:]
   churned = (S_min <= sigma) & (sigma <= S_max)
@@ -84,27 +84,27 @@ def make_solver(
   added = np.sqrt(raised**2 - sigma**2) * S_noise
 
   pairs = lambda predictor, corrector: np.stack(
-      np.broadcast_arrays(predictor, corrector), axis=-1
+    np.broadcast_arrays(predictor, corrector), axis=-1
   ).reshape(-1)[:-1]  # the last step has no corrector
   step = np.arange(steps)
   rows = dict(
-      sigma=pairs(raised, following),
-      length=pairs(following - raised, following - raised),
-      added=pairs(added, 0.0),
-      is_corrector=pairs(np.zeros(steps, bool), True),
-      draw=pairs(step, step),
+    sigma=pairs(raised, following),
+    length=pairs(following - raised, following - raised),
+    added=pairs(added, 0.0),
+    is_corrector=pairs(np.zeros(steps, bool), True),
+    draw=pairs(step, step),
   )
   return Solver(
-      rows=rows,
-      start=lambda noise: Carry(
-          x=jnp.asarray(sigma[0], noise.dtype) * noise,
-          x_hat=jnp.zeros_like(noise),
-          d=jnp.zeros_like(noise),
-      ),
-      query=_query,
-      update=_update,
-      finish=lambda carry: carry.x,
-      num_draws=steps if added.any() else 0,
+    rows=rows,
+    start=lambda noise: Carry(
+      x=jnp.asarray(sigma[0], noise.dtype) * noise,
+      x_hat=jnp.zeros_like(noise),
+      d=jnp.zeros_like(noise),
+    ),
+    query=_query,
+    update=_update,
+    finish=lambda carry: carry.x,
+    num_draws=steps if added.any() else 0,
   )
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from diffit_jax.errors import UserError
 
 RULES = {  # then clipped to 0..255 and truncated
-    "edm": lambda x: x * 127.5 + 128,  # also DiT
-    "adm": lambda x: (x + 1) * 127.5,  # DiffiT's release
+  "edm": lambda x: x * 127.5 + 128,  # also DiT
+  "adm": lambda x: (x + 1) * 127.5,  # DiffiT's release
 }
 
 

@@ -12,10 +12,17 @@ functions without a network, each evaluation being
 
 Heun's method, with two evaluations per step, alternates two kinds of rows; a
 multistep method keeps earlier outputs in its carry.
+
+Where guidance is off, its unconditional half is a waste. The noise levels are
+known on the host before anything runs, so the evaluations fall into stretches
+that need it and stretches that do not, and each stretch is a scan of its own
+that takes up the carry of the one before: no branch within a step, and one more
+body to compile per change.
 """
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -25,6 +32,7 @@ import numpy as np
 from diffit_jax.errors import UserError
 
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
+Skip = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +50,7 @@ class Solver:
     finish: carry -> samples [b, h, w, c].
     num_draws: noise tensors that a run uses, numbered from 0. With 0 the solver
       is deterministic and z is None.
+    level: which table of `rows` holds the level of each evaluation.
   """
 
   rows: dict[str, np.ndarray]
@@ -50,39 +59,85 @@ class Solver:
   update: Callable[..., Any]
   finish: Callable[[Any], jax.Array]
   num_draws: int = 0
+  level: str = "sigma"
+
+  @property
+  def levels(self) -> np.ndarray:
+    return self.rows[self.level]
 
   @property
   def num_evaluations(self) -> int:
-    return len(next(iter(self.rows.values())))
+    return len(self.levels)
 
 
 def run(
-    denoiser: Denoiser,
-    solver: Solver,
-    noise: jax.Array,
-    *,
-    keys: jax.Array | None = None,
-    step_noise: jax.Array | None = None,
+  denoiser: Denoiser,
+  solver: Solver,
+  noise: jax.Array,
+  *,
+  keys: jax.Array | None = None,
+  step_noise: jax.Array | None = None,
+  plain: Denoiser | None = None,
+  skip: Skip | None = None,
 ) -> jax.Array:
   """Runs (1) over all evaluations; arguments as in `sampling.sample`."""
+  if (plain is None) != (skip is None):
+    raise UserError("plain and skip belong together: give both or neither")
   dtype = noise.dtype
   batch = noise.shape[0]
   draw = _drawer(solver, noise, keys, step_noise)
   rows = {
-      name: jnp.asarray(
-          table, dtype if np.issubdtype(table.dtype, np.floating) else None
-      )
-      for name, table in solver.rows.items()
+    name: jnp.asarray(
+      table, dtype if np.issubdtype(table.dtype, np.floating) else None
+    )
+    for name, table in solver.rows.items()
   }
 
-  def evaluate(carry, row):
+  def evaluate(denoiser, carry, row):
     z = draw(row["draw"]) if solver.num_draws else None
     carry, x, level = solver.query(carry, row, z)
     out = denoiser(x, jnp.broadcast_to(level, (batch,)))
     return solver.update(carry, row, out.astype(dtype), z), None
 
-  carry, _ = jax.lax.scan(evaluate, solver.start(noise), rows)
+  carry = solver.start(noise)
+  for start, stop, is_skipped in stretches(solver, skip):
+    carry, _ = jax.lax.scan(
+      functools.partial(evaluate, plain if is_skipped else denoiser),
+      carry,
+      {name: table[start:stop] for name, table in rows.items()},
+    )
   return solver.finish(carry)
+
+
+def stretches(solver: Solver, skip: Skip | None) -> list[tuple[int, int, bool]]:
+  """(start, stop, is_skipped) of each run of alike evaluations, in order.
+
+  At most the two longest runs that `skip` marks are skipped, as many as an
+  interval of guidance has outsides: noise levels that churn moves to and fro
+  across an end of it must not each cost a compilation.
+  """
+  n = solver.num_evaluations
+  if skip is None:
+    return [(0, n, False)]
+  marked = np.asarray(skip(solver.levels))
+  if marked.shape != (n,) or marked.dtype != bool:
+    raise UserError(
+      f"skip gave {marked.dtype} {marked.shape} for {n} levels; it must give "
+      f"bool ({n},)"
+    )
+  runs = _runs(marked)
+  longest = sorted(
+    (run for run in runs if run[2]), key=lambda run: run[0] - run[1]
+  )[:2]
+  kept = np.zeros(n, bool)
+  for start, stop, _ in longest:
+    kept[start:stop] = True
+  return _runs(kept)
+
+
+def _runs(marked: np.ndarray) -> list[tuple[int, int, bool]]:
+  ends = [0, *(np.flatnonzero(np.diff(marked)) + 1), len(marked)]
+  return [(int(i), int(j), bool(marked[i])) for i, j in zip(ends, ends[1:])]
 
 
 def _drawer(solver, noise, keys, step_noise):
@@ -93,21 +148,21 @@ def _drawer(solver, noise, keys, step_noise):
     expected = (solver.num_draws, *noise.shape)
     if step_noise.shape != expected:
       raise UserError(
-          f"step_noise has shape {step_noise.shape}; this run draws {expected}"
+        f"step_noise has shape {step_noise.shape}; this run draws {expected}"
       )
     return lambda number: jnp.asarray(step_noise, noise.dtype)[number]
   batch = noise.shape[0]
   if keys is None:
     raise UserError(
-        "this run draws noise: give keys, one per sample, or step_noise "
-        f"[{solver.num_draws}, b, h, w, c]"
+      "this run draws noise: give keys, one per sample, or step_noise "
+      f"[{solver.num_draws}, b, h, w, c]"
     )
   if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != (
-      batch,
+    batch,
   ):
     raise UserError(
-        f"keys must be [{batch}] typed PRNG keys (jax.random.key), one per "
-        f"sample, not {keys.dtype} {keys.shape}"
+      f"keys must be [{batch}] typed PRNG keys (jax.random.key), one per "
+      f"sample, not {keys.dtype} {keys.shape}"
     )
 
   def normal(key, number):
@@ -116,5 +171,5 @@ def _drawer(solver, noise, keys, step_noise):
     return jax.random.normal(key, noise.shape[1:], jnp.float32)
 
   return lambda number: jax.vmap(normal, (0, None))(keys, number).astype(
-      noise.dtype
+    noise.dtype
   )

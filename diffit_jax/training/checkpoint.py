@@ -34,11 +34,11 @@ class Checkpoints:
   """
 
   def __init__(
-      self,
-      workdir: str | os.PathLike,
-      *,
-      max_to_keep: int = 3,
-      keep_period: int | None = None,
+    self,
+    workdir: str | os.PathLike,
+    *,
+    max_to_keep: int = 3,
+    keep_period: int | None = None,
   ):
     """Opens or creates the folder.
 
@@ -49,12 +49,12 @@ class Checkpoints:
     """
     self.directory = pathlib.Path(os.path.abspath(workdir)) / "checkpoints"
     self._manager = ocp.CheckpointManager(
-        self.directory,
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=max_to_keep,
-            keep_period=keep_period or None,
-            cleanup_tmp_directories=True,
-        ),
+      self.directory,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=max_to_keep,
+        keep_period=keep_period or None,
+        cleanup_tmp_directories=True,
+      ),
     )
 
   def save(self, step: int, state: TrainState, batch_size: int) -> None:
@@ -74,14 +74,13 @@ class Checkpoints:
         return
       progress = {"step": step, "data_position": step * batch_size}
       self._manager.save(
-          step,
-          args=ocp.args.Composite(
-              progress=ocp.args.JsonSave(progress),
-              **{
-                  name: ocp.args.StandardSave(getattr(state, name))
-                  for name in _TREES
-              },
-          ),
+        step,
+        args=ocp.args.Composite(
+          progress=ocp.args.JsonSave(progress),
+          **{
+            name: ocp.args.StandardSave(getattr(state, name)) for name in _TREES
+          },
+        ),
       )
 
   def check(self) -> None:
@@ -94,8 +93,11 @@ class Checkpoints:
     try:
       with _saving(None, self.directory):
         self._manager.wait_until_finished()
-    finally:
-      self._manager.close()
+    except UserError:
+      with contextlib.suppress(Exception):  # it would raise the same again
+        self._manager.close()
+      raise
+    self._manager.close()
 
   def steps(self) -> list[int]:
     """All complete steps, oldest first."""
@@ -120,10 +122,10 @@ class Checkpoints:
       except Exception as error:  # Orbax has no one class for damage
         failures.append((step, error))
         logging.error(
-            "checkpoint %d cannot be read (%s: %s); trying the one before it",
-            step,
-            type(error).__name__,
-            str(error).splitlines()[0][:300] if str(error) else "",
+          "checkpoint %d cannot be read (%s: %s); trying the one before it",
+          step,
+          type(error).__name__,
+          str(error).splitlines()[0][:300] if str(error) else "",
         )
         continue
       for damaged, _ in failures:
@@ -131,28 +133,28 @@ class Checkpoints:
       return state
     if failures:
       raise UserError(
-          f"none of the checkpoints in {self.directory} can be read (steps"
-          f" {[step for step, _ in failures]}; the newest: {failures[0][1]});"
-          " nothing was changed; use another --workdir to start anew"
+        f"none of the checkpoints in {self.directory} can be read (steps"
+        f" {[step for step, _ in failures]}; the newest: {failures[0][1]});"
+        " nothing was changed; use another --workdir to start anew"
       )
     return None
 
   def _restore_step(self, step: int, abstract: TrainState) -> TrainState:
     restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-            progress=ocp.args.JsonRestore(),
-            **{
-                name: ocp.args.StandardRestore(getattr(abstract, name))
-                for name in _TREES
-            },
-        ),
+      step,
+      args=ocp.args.Composite(
+        progress=ocp.args.JsonRestore(),
+        **{
+          name: ocp.args.StandardRestore(getattr(abstract, name))
+          for name in _TREES
+        },
+      ),
     )
     if restored["progress"]["step"] != step:
       raise ValueError(f"folder {step} holds step {restored['progress']}")
     return TrainState(
-        step=jax.device_put(np.int32(step), abstract.step.sharding),
-        **{name: restored[name] for name in _TREES},
+      step=jax.device_put(np.int32(step), abstract.step.sharding),
+      **{name: restored[name] for name in _TREES},
     )
 
   def _set_aside(self, step: int) -> None:
@@ -172,9 +174,9 @@ def _saving(step: int | None, directory: pathlib.Path) -> Iterator[None]:
   except (OSError, ValueError, RuntimeError) as error:
     what = "a checkpoint" if step is None else f"checkpoint {step}"
     raise UserError(
-        f"saving {what} to {directory} failed: {str(error)[:500]}; older"
-        " checkpoints are kept: free some space or mend the folder, then run"
-        " the same command again"
+      f"saving {what} to {directory} failed: {str(error)[:300]}; older"
+      " checkpoints are kept: free some space or mend the folder, then run"
+      " the same command again"
     ) from error
 
 

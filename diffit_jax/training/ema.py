@@ -36,7 +36,7 @@ def decay(config: Mapping, step: jax.Array, batch_size: int) -> jax.Array:
     raise UserError(f"ema kind {config['kind']!r}: use one of {KINDS}")
   num_images = jnp.asarray(step, jnp.float32) * batch_size
   halflife = jnp.minimum(
-      config["halflife_images"], config["rampup_ratio"] * num_images
+    config["halflife_images"], config["rampup_ratio"] * num_images
   )
   return 0.5 ** (batch_size / jnp.maximum(halflife, 1e-8))
 

@@ -29,11 +29,11 @@ Sampler = Callable[[dict], np.ndarray]
 
 
 def train(
-    config: config_dict.ConfigDict,
-    directory: str | os.PathLike,
-    data_dir: str | None = None,
-    make_sampler: Callable[..., Sampler] | None = None,
-    devices: list[jax.Device] | None = None,
+  config: config_dict.ConfigDict,
+  directory: str | os.PathLike,
+  data_dir: str | None = None,
+  make_sampler: Callable[..., Sampler] | None = None,
+  devices: list[jax.Device] | None = None,
 ) -> bool:
   """Trains, or goes on with, the run in `directory`.
 
@@ -52,16 +52,16 @@ def train(
   program = program_lib.build(config, devices)
   dataset = pipeline.open_dataset(config.data.name, data_dir, config.data.split)
   pipeline.check_matches(
-      dataset,
-      config.data.resolution,
-      config.model.channels,
-      config.data.num_classes,
+    dataset,
+    config.data.resolution,
+    config.model.channels,
+    config.data.num_classes,
   )
   workdir.claim(directory, config)
   checkpoints = Checkpoints(
-      directory,
-      max_to_keep=config.keep_checkpoints,
-      keep_period=config.keep_every_steps,
+    directory,
+    max_to_keep=config.keep_checkpoints,
+    keep_period=config.keep_every_steps,
   )
   with StopRequest() as stop:
     try:
@@ -82,13 +82,13 @@ class _Run:
     self.state = restored
     self.step = int(restored.step)
     logging.info(
-        "%s at step %d of %d, %d parameters, %d devices, in %s",
-        "resuming" if self.step else "starting",
-        self.step,
-        config.total_steps,
-        sum(leaf.size for leaf in jax.tree.leaves(restored.params)),
-        program.mesh.size,
-        directory,
+      "%s at step %d of %d, %d parameters, %d devices, in %s",
+      "resuming" if self.step else "starting",
+      self.step,
+      config.total_steps,
+      sum(leaf.size for leaf in jax.tree.leaves(restored.params)),
+      program.mesh.size,
+      directory,
     )
     self.monitor = state.new_monitor(program.mesh)
     self.writer = metrics.Writer(directory)
@@ -104,14 +104,14 @@ class _Run:
       logging.info("already done: step %d of %d", self.step, total)
       return True
     batches = pipeline.Pipeline(
-        dataset,
-        global_batch_size=config.batch_size,
-        seed=config.seed,
-        start_index=self.step * config.batch_size,
-        flip=config.data.flip,
-        shard_index=jax.process_index(),
-        num_shards=jax.process_count(),
-        num_threads=config.num_threads,
+      dataset,
+      global_batch_size=config.batch_size,
+      seed=config.seed,
+      start_index=self.step * config.batch_size,
+      flip=config.data.flip,
+      shard_index=jax.process_index(),
+      num_shards=jax.process_count(),
+      num_threads=config.num_threads,
     )
     every = lambda n: n and (self.step % n == 0 or self.step == total)
     try:
@@ -120,7 +120,7 @@ class _Run:
         while self.step < total and not stop.requested:
           batch = mesh_lib.put_batch(self.program.mesh, next(batches))
           self.state, self.monitor = self.program.train_step(
-              self.state, self.monitor, batch
+            self.state, self.monitor, batch
           )
           self.step += 1
           progress.update()
@@ -149,9 +149,9 @@ class _Run:
   def _fail(self, what: str, bad_step: int) -> None:
     steps = self.checkpoints.steps()
     raise UserError(
-        f"{what} step {bad_step}: nothing was saved since, and the last good"
-        f" checkpoint is {steps[-1] if steps else 'none'}; look at the data,"
-        " lower optimizer.learning_rate, or train in float32"
+      f"{what} step {bad_step}: nothing was saved since, and the last good"
+      f" checkpoint is {steps[-1] if steps else 'none'}; look at the data,"
+      " lower optimizer.learning_rate, or train in float32"
     )
 
   def _log(self) -> None:
@@ -162,14 +162,14 @@ class _Run:
     seconds = (time.monotonic() - self._clock) / (step - self._clock_step)
     last = np.int32(step - 1)
     scalars = {
-        "loss": monitor.loss / monitor.steps,
-        "grad_norm": monitor.grad_norm / monitor.steps,
-        "param_norm": self.param_norm(self.state.params),
-        "learning_rate": optimizer.learning_rate(
-            config.optimizer, last, config.batch_size
-        ),
-        "seconds_per_step": seconds,
-        "images_per_second": config.batch_size / seconds,
+      "loss": monitor.loss / monitor.steps,
+      "grad_norm": monitor.grad_norm / monitor.steps,
+      "param_norm": self.param_norm(self.state.params),
+      "learning_rate": optimizer.learning_rate(
+        config.optimizer, last, config.batch_size
+      ),
+      "seconds_per_step": seconds,
+      "images_per_second": config.batch_size / seconds,
     }
     for name, rule in config.ema.items():
       scalars[f"ema_decay/{name}"] = ema.decay(rule, last, config.batch_size)

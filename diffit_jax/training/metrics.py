@@ -28,7 +28,7 @@ class Writer:
     self._is_first = jax.process_index() == 0
     self._directory = pathlib.Path(directory)
     self._writer = metric_writers.create_default_writer(
-        str(self._directory / "tensorboard"), just_logging=not self._is_first
+      str(self._directory / "tensorboard"), just_logging=not self._is_first
     )
 
   def scalars(self, step: int, values: dict[str, float]) -> None:

@@ -47,30 +47,30 @@ def edm_loss(model: nn.Module, config: Mapping) -> Loss:
     labels = None
     if num_classes:
       drop = jax.vmap(
-          lambda k: jax.random.bernoulli(k, config["label_drop_prob"])
+        lambda k: jax.random.bernoulli(k, config["label_drop_prob"])
       )(k_label)
       labels = jnp.where(drop, num_classes, batch["label"])
     sigma = edm.sample_sigma(
-        k_sigma, P_mean=config["P_mean"], P_std=config["P_std"]
+      k_sigma, P_mean=config["P_mean"], P_std=config["P_std"]
     )
     noise = jax.vmap(lambda k: jax.random.normal(k, y.shape[1:]))(k_noise)
 
     def network(x, c_noise):
       return model.apply(
-          {"params": params},
-          x,
-          c_noise,
-          labels,
-          augment_labels,
-          sample_index=index,
-          rngs={"dropout": step_key},
+        {"params": params},
+        x,
+        c_noise,
+        labels,
+        augment_labels,
+        sample_index=index,
+        rngs={"dropout": step_key},
       )
 
     D = edm.denoise(
-        network,
-        y + sigma[:, None, None, None] * noise,
-        sigma,
-        sigma_data=config["sigma_data"],
+      network,
+      y + sigma[:, None, None, None] * noise,
+      sigma,
+      sigma_data=config["sigma_data"],
     )
     return edm.loss(D, y, sigma, sigma_data=config["sigma_data"])
 

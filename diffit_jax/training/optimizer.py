@@ -13,7 +13,7 @@ NAMES = ("adam", "adamw")
 
 
 def learning_rate(
-    config: Mapping, step: jax.Array, batch_size: int
+  config: Mapping, step: jax.Array, batch_size: int
 ) -> jax.Array:
   """Learning rate of one step: a linear ramp over images seen, then constant.
 
@@ -33,12 +33,12 @@ def learning_rate(
 def sanitise(gradients):
   """EDM's rule, elementwise: NaN -> 0, +inf -> 1e5, -inf -> -1e5."""
   return jax.tree.map(
-      lambda g: jnp.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5), gradients
+    lambda g: jnp.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5), gradients
   )
 
 
 def make_optimizer(
-    config: Mapping, batch_size: int
+  config: Mapping, batch_size: int
 ) -> optax.GradientTransformation:
   """The optimizer of `config.optimizer`.
 
@@ -52,8 +52,8 @@ def make_optimizer(
   decoupled = config["name"] == "adamw"
   if config["weight_decay"] and not decoupled:
     raise UserError(
-        f"optimizer.weight_decay={config['weight_decay']} has no effect on"
-        " adam: set it to 0 or use optimizer.name=adamw"
+      f"optimizer.weight_decay={config['weight_decay']} has no effect on"
+      " adam: set it to 0 or use optimizer.name=adamw"
     )
   schedule = lambda step: learning_rate(config, step, batch_size)
   moments = dict(b1=config["b1"], b2=config["b2"], eps=config["eps"])
@@ -64,7 +64,7 @@ def make_optimizer(
     steps.append(optax.clip_by_global_norm(config["clip_norm"]))
   if decoupled:
     steps.append(
-        optax.adamw(schedule, weight_decay=config["weight_decay"], **moments)
+      optax.adamw(schedule, weight_decay=config["weight_decay"], **moments)
     )
   else:
     steps.append(optax.adam(schedule, **moments))

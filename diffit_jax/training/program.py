@@ -38,7 +38,7 @@ class Program:
 
 
 def build(
-    config: config_dict.ConfigDict, devices: list[jax.Device] | None = None
+  config: config_dict.ConfigDict, devices: list[jax.Device] | None = None
 ) -> Program:
   """Builds the program and refuses what cannot work, before any allocation.
 
@@ -53,17 +53,15 @@ def build(
   mesh_lib.check_batch(mesh, config.batch_size, "batch_size")
   model = models.make_model(config.model)
   optimizer = make_optimizer(config.optimizer, config.batch_size)
-  init = make_init(
-      lambda: init_params(model, config), optimizer, config.ema
-  )
+  init = make_init(lambda: init_params(model, config), optimizer, config.ema)
   abstract = abstract_state(init, mesh)
   pure_step = step.make_step(
-      objective.edm_loss(model, config.diffusion),
-      optimizer,
-      config.ema,
-      batch_size=config.batch_size,
-      seed=config.seed,
-      matmul_precision=config.matmul_precision,
+    objective.edm_loss(model, config.diffusion),
+    optimizer,
+    config.ema,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    matmul_precision=config.matmul_precision,
   )
   train_step = step.compile_step(pure_step, mesh, abstract)
   return Program(model, mesh, init, abstract, train_step)
@@ -73,14 +71,14 @@ def check_consistent(config: config_dict.ConfigDict) -> None:
   """Fields of different sections that must agree."""
   if config.model.num_classes not in (0, config.data.num_classes):
     raise UserError(
-        f"model.num_classes={config.model.num_classes} must be 0 or"
-        f" data.num_classes={config.data.num_classes}"
+      f"model.num_classes={config.model.num_classes} must be 0 or"
+      f" data.num_classes={config.data.num_classes}"
     )
   wanted = 9 if config.diffusion.augment_prob else 0
   if config.model.augment_dim != wanted:
     raise UserError(
-        f"model.augment_dim={config.model.augment_dim} must be {wanted} with"
-        f" diffusion.augment_prob={config.diffusion.augment_prob}"
+      f"model.augment_dim={config.model.augment_dim} must be {wanted} with"
+      f" diffusion.augment_prob={config.diffusion.augment_prob}"
     )
   for field in ("total_steps", "log_every_steps", "save_every_steps"):
     if config[field] < 1:
@@ -99,7 +97,7 @@ def batch_shapes(config: config_dict.ConfigDict) -> dict:
   b, side = config.batch_size, config.data.resolution
   image = (b, side, side, config.model.channels)
   return {
-      "image": jax.ShapeDtypeStruct(image, jnp.uint8),
-      "label": jax.ShapeDtypeStruct((b,), jnp.int32),
-      "index": jax.ShapeDtypeStruct((b,), jnp.uint32),
+    "image": jax.ShapeDtypeStruct(image, jnp.uint8),
+    "label": jax.ShapeDtypeStruct((b,), jnp.int32),
+    "index": jax.ShapeDtypeStruct((b,), jnp.uint32),
   }

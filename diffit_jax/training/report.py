@@ -20,18 +20,16 @@ def dry_run(config: config_dict.ConfigDict) -> str:
   num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
   memory = _memory(config, program)
   lines = [
-      str(config),
-      parameter_overview.get_parameter_overview(
-          params, include_stats="sharding"
-      ),
-      f"parameters:          {num_params:,}",
-      f"MACs per image:      {forward_macs(config, program):,} (one forward)",
-      f"devices:             {program.mesh.size}"
-      f" {jax.devices()[0].device_kind}, mesh {dict(program.mesh.shape)}",
-      f"images per device:   {config.batch_size // program.mesh.size}",
-      f"memory per device:   {memory['state'] / _MIB:,.1f} MiB state,"
-      f" {memory['batch'] / _MIB:,.1f} MiB batch,"
-      f" {memory['temporaries'] / _MIB:,.1f} MiB temporaries",
+    str(config),
+    parameter_overview.get_parameter_overview(params, include_stats="sharding"),
+    f"parameters:          {num_params:,}",
+    f"MACs per image:      {forward_macs(config, program):,} (one forward)",
+    f"devices:             {program.mesh.size}"
+    f" {jax.devices()[0].device_kind}, mesh {dict(program.mesh.shape)}",
+    f"images per device:   {config.batch_size // program.mesh.size}",
+    f"memory per device:   {memory['state'] / _MIB:,.1f} MiB state,"
+    f" {memory['batch'] / _MIB:,.1f} MiB batch,"
+    f" {memory['temporaries'] / _MIB:,.1f} MiB temporaries",
   ]
   return "\n".join(lines)
 
@@ -49,14 +47,14 @@ def _memory(config, program) -> dict[str, int]:
   monitor = jax.eval_shape(lambda: state_lib.new_monitor(program.mesh))
   batch = program_lib.batch_shapes(config)
   compiled = program.train_step.lower(
-      program.abstract, monitor, batch
+    program.abstract, monitor, batch
   ).compile()
-  local = lambda leaf: leaf.dtype.itemsize * int(
-      np.prod(leaf.sharding.shard_shape(leaf.shape))
+  local = lambda leaf: (
+    leaf.dtype.itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
   )
   per_batch = sum(leaf.dtype.itemsize * leaf.size for leaf in batch.values())
   return {
-      "state": sum(map(local, jax.tree.leaves(program.abstract))),
-      "batch": per_batch // program.mesh.size,
-      "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+    "state": sum(map(local, jax.tree.leaves(program.abstract))),
+    "batch": per_batch // program.mesh.size,
+    "temporaries": compiled.memory_analysis().temp_size_in_bytes,
   }

@@ -49,13 +49,13 @@ class Monitor:
 
 def new_monitor(mesh: Mesh) -> Monitor:
   """Zero sums, replicated on the mesh."""
-  monitor = Monitor(
-      jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.int32(-1)
-  )
+  monitor = Monitor(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.int32(-1))
   return jax.device_put(monitor, NamedSharding(mesh, PartitionSpec()))
 
 
-def make_init(init_params, optimizer: optax.GradientTransformation, ema: Mapping):
+def make_init(
+  init_params, optimizer: optax.GradientTransformation, ema: Mapping
+):
   """The function () -> TrainState; to be jitted with the state's shardings.
 
   Args:
@@ -67,10 +67,10 @@ def make_init(init_params, optimizer: optax.GradientTransformation, ema: Mapping
   def init() -> TrainState:
     params = init_params()
     return TrainState(
-        step=jnp.int32(0),
-        params=params,
-        opt_state=optimizer.init(params),
-        ema={name: jax.tree.map(jnp.copy, params) for name in sorted(ema)},
+      step=jnp.int32(0),
+      params=params,
+      opt_state=optimizer.init(params),
+      ema={name: jax.tree.map(jnp.copy, params) for name in sorted(ema)},
     )
 
   return init

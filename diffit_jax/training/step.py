@@ -14,13 +14,13 @@ from diffit_jax.training.state import Monitor, TrainState
 
 
 def make_step(
-    loss: Loss,
-    optimizer: optax.GradientTransformation,
-    ema: Mapping[str, Mapping],
-    *,
-    batch_size: int,
-    seed: int,
-    matmul_precision: str = "highest",
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  ema: Mapping[str, Mapping],
+  *,
+  batch_size: int,
+  seed: int,
+  matmul_precision: str = "highest",
 ) -> Callable:
   """The pure step (state, monitor, batch) -> (state, monitor).
 
@@ -40,14 +40,14 @@ def make_step(
     with jax.default_matmul_precision(matmul_precision):
       value, gradients = jax.value_and_grad(mean_loss)(state.params)
     updates, opt_state = optimizer.update(
-        gradients, state.opt_state, state.params
+      gradients, state.opt_state, state.params
     )
     params = optax.apply_updates(state.params, updates)
     averages = {
-        name: ema_lib.update(
-            tree, params, ema_lib.decay(ema[name], state.step, batch_size)
-        )
-        for name, tree in state.ema.items()
+      name: ema_lib.update(
+        tree, params, ema_lib.decay(ema[name], state.step, batch_size)
+      )
+      for name, tree in state.ema.items()
     }
     new = TrainState(state.step + 1, params, opt_state, averages)
     return new, _watch(monitor, state.step, value, gradients)
@@ -58,10 +58,10 @@ def make_step(
 def _watch(monitor: Monitor, step, loss, gradients) -> Monitor:
   is_first_bad = ~jnp.isfinite(loss) & (monitor.bad_step < 0)
   return Monitor(
-      loss=monitor.loss + loss,
-      grad_norm=monitor.grad_norm + optax.tree.norm(gradients),
-      steps=monitor.steps + 1,
-      bad_step=jnp.where(is_first_bad, step, monitor.bad_step),
+    loss=monitor.loss + loss,
+    grad_norm=monitor.grad_norm + optax.tree.norm(gradients),
+    steps=monitor.steps + 1,
+    bad_step=jnp.where(is_first_bad, step, monitor.bad_step),
   )
 
 
@@ -76,8 +76,8 @@ def compile_step(step: Callable, mesh: Mesh, abstract: TrainState) -> Callable:
   state = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   whole = replicated(mesh)
   return jax.jit(
-      step,
-      in_shardings=(state, whole, batch_sharding(mesh)),
-      out_shardings=(state, whole),
-      donate_argnums=(0, 1),
+    step,
+    in_shardings=(state, whole, batch_sharding(mesh)),
+    out_shardings=(state, whole),
+    donate_argnums=(0, 1),
   )

@@ -10,20 +10,32 @@ from diffit_jax.diffusion import augment
 from diffit_jax.errors import UserError
 
 NAMES = (
-    "xflip", "yflip", "scale", "rotate", "aniso_weight", "aniso_angle",
-    "translate_x", "translate_y",
+  "xflip",
+  "yflip",
+  "scale",
+  "rotate",
+  "aniso_weight",
+  "aniso_angle",
+  "translate_x",
+  "translate_y",
 )
 ALL = dict(
-    xflip=1, yflip=1, scale=0.5, rotate=0.4, aniso_weight=1, aniso_angle=0.3,
-    translate_x=0.5, translate_y=-0.25,
+  xflip=1,
+  yflip=1,
+  scale=0.5,
+  rotate=0.4,
+  aniso_weight=1,
+  aniso_angle=0.3,
+  translate_x=0.5,
+  translate_y=-0.25,
 )
 
 
 def batch(*rows):
   """Parameter dicts of single images, zero where unnamed -> one of arrays."""
   return {
-      name: jnp.array([row.get(name, 0) for row in rows], jnp.float32)
-      for name in NAMES
+    name: jnp.array([row.get(name, 0) for row in rows], jnp.float32)
+    for name in NAMES
   }
 
 
@@ -69,28 +81,32 @@ def test_images_do_not_see_each_other():
 # --- golden values of facts 5.6 ---------------------------------------------
 
 GOLDEN = {
-    "scale up": (
-        dict(scale=0.5), [-0.93454, 0.937066, 0.968336, -0.286481], -17.737186,
-    ),
-    "scale down": (
-        dict(scale=-1), [-0.984261, 0.943644, 0.861819, 0.047074], -20.686562,
-    ),
-    "rotate": (
-        dict(rotate=0.4),
-        [-0.701994, -0.293478, -0.319829, -0.810606],
-        -71.914513,
-    ),
-    "aniso": (
-        dict(aniso_weight=1, aniso_angle=0.3),
-        [-0.9849, 0.996742, 0.842438, -0.323504],
-        -7.603954,
-    ),
-    "translate": (
-        dict(translate_x=0.5, translate_y=-0.25),
-        [-0.998055, 0.993316, 0.893059, -0.124895],
-        -20.425406,
-    ),
-    "all": (ALL, [0.649124, -0.80944, -0.261337, 0.417672], -65.639427),
+  "scale up": (
+    dict(scale=0.5),
+    [-0.93454, 0.937066, 0.968336, -0.286481],
+    -17.737186,
+  ),
+  "scale down": (
+    dict(scale=-1),
+    [-0.984261, 0.943644, 0.861819, 0.047074],
+    -20.686562,
+  ),
+  "rotate": (
+    dict(rotate=0.4),
+    [-0.701994, -0.293478, -0.319829, -0.810606],
+    -71.914513,
+  ),
+  "aniso": (
+    dict(aniso_weight=1, aniso_angle=0.3),
+    [-0.9849, 0.996742, 0.842438, -0.323504],
+    -7.603954,
+  ),
+  "translate": (
+    dict(translate_x=0.5, translate_y=-0.25),
+    [-0.998055, 0.993316, 0.893059, -0.124895],
+    -20.425406,
+  ),
+  "all": (ALL, [0.649124, -0.80944, -0.261337, 0.417672], -65.639427),
 }
 
 
@@ -110,12 +126,12 @@ def test_golden(case):
 
 def test_golden_labels():
   np.testing.assert_allclose(
-      augment.labels(batch(ALL, {})),
-      [
-          [1, 1, 0.5, -0.07893902, 0.3894184, 0.9553365, 0.2955202, 0.5, -0.25],
-          [0] * 9,
-      ],
-      atol=1e-7,
+    augment.labels(batch(ALL, {})),
+    [
+      [1, 1, 0.5, -0.07893902, 0.3894184, 0.9553365, 0.2955202, 0.5, -0.25],
+      [0] * 9,
+    ],
+    atol=1e-7,
   )
 
 
@@ -138,7 +154,7 @@ def rotation(angle):
 def filtered(x, taps, pad, axis):
   """Correlation with zeros beyond the ends, "valid" after padding by pad."""
   return np.apply_along_axis(
-      lambda line: np.correlate(np.pad(line, pad), taps, "valid"), axis, x
+    lambda line: np.correlate(np.pad(line, pad), taps, "valid"), axis, x
   )
 
 
@@ -152,12 +168,12 @@ def reference(image, row):
   s, s_a = 2 ** (0.2 * p["scale"]), 2 ** (0.2 * p["aniso_weight"])
   r = p["aniso_angle"]
   G = (
-      stretch(1 / s, 1 / s)
-      @ rotation(p["rotate"])
-      @ rotation(-r) @ stretch(1 / s_a, s_a) @ rotation(r)
-      @ translation(
-          -0.125 * w * p["translate_x"], -0.125 * h * p["translate_y"]
-      )
+    stretch(1 / s, 1 / s)
+    @ rotation(p["rotate"])
+    @ rotation(-r)
+    @ stretch(1 / s_a, s_a)
+    @ rotation(r)
+    @ translation(-0.125 * w * p["translate_x"], -0.125 * h * p["translate_y"])
   )
   # (1), (2)
   x = np.pad(x, ((h - 1, h - 1), (w - 1, w - 1)), mode="reflect")
@@ -171,8 +187,8 @@ def reference(image, row):
   (h_in, w_in), (h_out, w_out) = up.shape, (2 * (h + 6), 2 * (w + 6))
   G = stretch(2 / w_in, 2 / h_in) @ G @ stretch(w_out / 2, h_out / 2)
   u, v = np.meshgrid(
-      (2 * np.arange(w_out) + 1) / w_out - 1,
-      (2 * np.arange(h_out) + 1) / h_out - 1,
+    (2 * np.arange(w_out) + 1) / w_out - 1,
+    (2 * np.arange(h_out) + 1) / h_out - 1,
   )
   u, v, _ = np.tensordot(G, np.stack([u, v, np.ones_like(u)]), 1)
   points = [((v + 1) * h_in - 1) / 2, ((u + 1) * w_in - 1) / 2]
@@ -190,24 +206,24 @@ def test_twin(shape):
   rng = np.random.default_rng(sum(shape))
   n = 24
   rows = [
-      dict(
-          xflip=rng.integers(2),
-          yflip=rng.integers(2),
-          scale=rng.normal(),
-          rotate=rng.uniform(-np.pi, np.pi),
-          aniso_weight=rng.normal(),
-          aniso_angle=rng.uniform(-np.pi, np.pi),
-          translate_x=rng.normal(),
-          translate_y=rng.normal(),
-      )
-      for _ in range(n)
+    dict(
+      xflip=rng.integers(2),
+      yflip=rng.integers(2),
+      scale=rng.normal(),
+      rotate=rng.uniform(-np.pi, np.pi),
+      aniso_weight=rng.normal(),
+      aniso_angle=rng.uniform(-np.pi, np.pi),
+      translate_x=rng.normal(),
+      translate_y=rng.normal(),
+    )
+    for _ in range(n)
   ]
   rows += [dict(scale=-8), dict(translate_x=9), dict(scale=-9, rotate=0.7)]
   images = white(len(rows), *shape, 2)
   out = augment.augment(images, batch(*rows))
   expected = [
-      np.stack([reference(image[..., c], row) for c in (0, 1)], axis=-1)
-      for image, row in zip(images, rows)
+    np.stack([reference(image[..., c], row) for c in (0, 1)], axis=-1)
+    for image, row in zip(images, rows)
   ]
   # White noise has slopes up to 2 per element of the upsampled grid, and a
   # float32 coordinate there is off by up to 1e-5. Measured: 5e-6.
@@ -218,14 +234,12 @@ def test_weights_belong_to_their_pixels_at_64():
   # Thousands of points fall next to whole numbers, where rounding decides which
   # pixels are read; a wrong pairing shows as an error of order one.
   angles = np.random.default_rng(3).uniform(-3, 3, 8)
-  rows = [
-      dict(rotate=a, translate_x=1 / 8, translate_y=-1 / 8) for a in angles
-  ]
+  rows = [dict(rotate=a, translate_x=1 / 8, translate_y=-1 / 8) for a in angles]
   images = white(8, 64, 64, 1)
   out = augment.augment(images, batch(*rows))
   for i, row in enumerate(rows):
     np.testing.assert_allclose(
-        out[i, ..., 0], reference(images[i, ..., 0], row), atol=1e-4
+      out[i, ..., 0], reference(images[i, ..., 0], row), atol=1e-4
     )
 
 
@@ -234,9 +248,9 @@ def test_weights_belong_to_their_pixels_at_64():
 
 def test_gates_and_distributions():
   n, p = 40_000, 0.15
-  params = {k: np.float64(v) for k, v in augment.draw(
-      jax.random.key(0), n, p
-  ).items()}
+  params = {
+    k: np.float64(v) for k, v in augment.draw(jax.random.key(0), n, p).items()
+  }
   assert sorted(params) == sorted(NAMES)
 
   def share(values, expected):  # four standard errors of a share
@@ -266,7 +280,7 @@ def test_gates_and_distributions():
     std = np.pi / 3**0.5
     assert abs(values.std() / std - 1) < 4 * (0.2 / len(values)) ** 0.5
   correlation = np.corrcoef(
-      params["translate_x"][moved], params["translate_y"][moved]
+    params["translate_x"][moved], params["translate_y"][moved]
   )[0, 1]
   assert abs(correlation) < 4 / moved.sum() ** 0.5
 

@@ -24,8 +24,7 @@ def test_network_sees_and_answers_unit_variance():
   # Var(c_in x), and Var(F) for the F that gives D = y: (y - c_skip x) / c_out.
   input_variance = c_in**2 * (SIGMA_DATA**2 + SIGMAS**2)
   target_variance = (
-      (1 - np.float64(c_skip)) ** 2 * SIGMA_DATA**2
-      + (c_skip * SIGMAS) ** 2
+    (1 - np.float64(c_skip)) ** 2 * SIGMA_DATA**2 + (c_skip * SIGMAS) ** 2
   ) / c_out**2
   np.testing.assert_allclose(input_variance, 1, rtol=ROUNDING)
   # 1 - c_skip loses digits at small sigma, where it is about 1.6e-5 and more.
@@ -33,26 +32,25 @@ def test_network_sees_and_answers_unit_variance():
 
 
 @pytest.mark.parametrize(  # facts 5.1
-    "sigma, expected",
-    [
-        (0.1, (0.96153846, 0.098058068, 1.9611613514, -0.5756462732, 104)),
-        (0.5, (0.5, 0.3535533906, 1.4142135624, -0.1732867951, 8)),
-        (1.0, (0.2, 0.4472135955, 0.894427191, 0, 5)),
-        (
-            80.0,
-            (3.906097418e-5, 0.4999902347, 0.01249975587, 1.0955066587,
-             4.00015625),
-        ),
-    ],
+  "sigma, expected",
+  [
+    (0.1, (0.96153846, 0.098058068, 1.9611613514, -0.5756462732, 104)),
+    (0.5, (0.5, 0.3535533906, 1.4142135624, -0.1732867951, 8)),
+    (1.0, (0.2, 0.4472135955, 0.894427191, 0, 5)),
+    (
+      80.0,
+      (3.906097418e-5, 0.4999902347, 0.01249975587, 1.0955066587, 4.00015625),
+    ),
+  ],
 )
 def test_coefficients(sigma, expected):
   *coefficients, weight = (
-      *edm.precondition(jnp.float32(sigma), SIGMA_DATA),
-      edm.loss_weight(jnp.float32(sigma), SIGMA_DATA),
+    *edm.precondition(jnp.float32(sigma), SIGMA_DATA),
+    edm.loss_weight(jnp.float32(sigma), SIGMA_DATA),
   )
   assert all(c.dtype == jnp.float32 for c in coefficients)
   np.testing.assert_allclose(
-      [*coefficients, weight], expected, rtol=ROUNDING, atol=1e-9
+    [*coefficients, weight], expected, rtol=ROUNDING, atol=1e-9
   )
 
 
@@ -75,9 +73,7 @@ def test_denoiser_of_gaussian_data():
 
   D = edm.denoise(network, x, sigma, sigma_data=SIGMA_DATA)
   np.testing.assert_allclose(D, exact, rtol=2e-6, atol=2e-7)
-  zero = edm.denoise(
-      lambda x_in, _: 0 * x_in, x, sigma, sigma_data=SIGMA_DATA
-  )
+  zero = edm.denoise(lambda x_in, _: 0 * x_in, x, sigma, sigma_data=SIGMA_DATA)
   np.testing.assert_allclose(zero, c_skip[:, None, None, None] * x)
 
 
@@ -93,10 +89,10 @@ def test_bfloat16_network_is_combined_in_float32():
 def test_float64_stays_float64():
   with jax.enable_x64(True):
     D = edm.denoise(
-        lambda x_in, _: x_in,
-        jnp.ones((1, 1, 1, 1)),
-        jnp.ones(1),
-        sigma_data=SIGMA_DATA,
+      lambda x_in, _: x_in,
+      jnp.ones((1, 1, 1, 1)),
+      jnp.ones(1),
+      sigma_data=SIGMA_DATA,
     )
     assert D.dtype == jnp.float64
     # 0.2 + sqrt(0.2) sqrt(0.8)
@@ -120,7 +116,7 @@ def test_noise_level_is_of_its_key_alone_and_log_normal():
   assert all_four[2] == third[0]
   n = [jax.random.normal(key) for key in keys]
   np.testing.assert_allclose(
-      all_four, np.exp(-1.2 + 1.2 * np.float64(n)), rtol=1e-6
+    all_four, np.exp(-1.2 + 1.2 * np.float64(n)), rtol=1e-6
   )
 
 
@@ -130,13 +126,14 @@ def test_loss_sums_over_the_image():
   value = edm.loss(D, y, jnp.float32([0.5, 1.0]), SIGMA_DATA)
   # 30 elements: weight 8 x 30 x 0.01, and weight 5 x 30 x 0.04.
   np.testing.assert_allclose(value, [2.4, 6.0], rtol=ROUNDING)
-  assert edm.loss(
-      D.astype(jnp.bfloat16), y, jnp.float32([1, 1]), 0.5
-  ).dtype == jnp.float32
+  assert (
+    edm.loss(D.astype(jnp.bfloat16), y, jnp.float32([1, 1]), 0.5).dtype
+    == jnp.float32
+  )
 
 
 @pytest.mark.parametrize(
-    "seen, factor", [(0, 0), (1e6, 0.1), (5e6, 0.5), (10e6, 1), (200e6, 1)]
+  "seen, factor", [(0, 0), (1e6, 0.1), (5e6, 0.5), (10e6, 1), (200e6, 1)]
 )
 def test_learning_rate_ramp(seen, factor):
   ramp = jax.jit(lambda n: edm.learning_rate_factor(n, 10_000_000))

@@ -17,7 +17,7 @@ T = jnp.array([0, 400, 999])
 @pytest.mark.parametrize("channels", ["all", 3])
 def test_scale_one_is_the_conditional_bit_for_bit(schedule, channels):
   out = guidance.apply_cfg(
-      COND, UNCOND, T, scale=1.0, schedule=schedule, channels=channels
+    COND, UNCOND, T, scale=1.0, schedule=schedule, channels=channels
   )
   np.testing.assert_array_equal(out, COND)
 
@@ -35,10 +35,10 @@ def test_constant_scale_extrapolates():
 
 def test_later_channels_stay_conditional():
   out = guidance.apply_cfg(
-      COND, UNCOND, T, scale=4.4, schedule="power_cosine", channels=3
+    COND, UNCOND, T, scale=4.4, schedule="power_cosine", channels=3
   )
   whole = guidance.apply_cfg(
-      COND, UNCOND, T, scale=4.4, schedule="power_cosine"
+    COND, UNCOND, T, scale=4.4, schedule="power_cosine"
   )
   np.testing.assert_array_equal(out[..., :3], whole[..., :3])
   np.testing.assert_array_equal(out[..., 3:], COND[..., 3:])
@@ -60,9 +60,14 @@ def test_rule_is_float32_and_the_result_has_the_dtype_of_the_prediction():
 
 # facts 3: (1 - cos(pi (1 - t/1000)^4)) / 2
 BUMP = {
-    0: 1, 1: 0.99996064037, 4: 0.99937601219, 100: 0.73549054445,
-    250: 0.22733750579, 500: 0.00960735980, 750: 3.7649080e-5,
-    900: 2.467401e-8,
+  0: 1,
+  1: 0.99996064037,
+  4: 0.99937601219,
+  100: 0.73549054445,
+  250: 0.22733750579,
+  500: 0.00960735980,
+  750: 3.7649080e-5,
+  900: 2.467401e-8,
 }
 
 
@@ -70,24 +75,24 @@ BUMP = {
 def test_power_cosine_shape(t, bump):
   scale = 1e6  # so large that the 1 in s = 1 + scale bump hides no digits
   s = guidance.guidance_scale(
-      jnp.array([t]), scale=scale + 1, schedule="power_cosine"
+    jnp.array([t]), scale=scale + 1, schedule="power_cosine"
   )
   np.testing.assert_allclose(s, [1 + scale * bump], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "scale, expected",
-    [
-        (4.4, [4.4, 3.5006678511, 1.7729475197, 1.0326650233, 1.0001280069, 1]),
-        (4.6, [4.6, 3.6477659600, 1.8184150208, 1.0345864953, 1.0001355367, 1]),
-    ],
+  "scale, expected",
+  [
+    (4.4, [4.4, 3.5006678511, 1.7729475197, 1.0326650233, 1.0001280069, 1]),
+    (4.6, [4.6, 3.6477659600, 1.8184150208, 1.0345864953, 1.0001355367, 1]),
+  ],
 )
 def test_power_cosine_table(scale, expected):
   t = jnp.array([0, 100, 250, 500, 750, 999])
   s = jax.jit(
-      lambda t: guidance.guidance_scale(
-          t, scale=scale, schedule="power_cosine", power=4.0
-      )
+    lambda t: guidance.guidance_scale(
+      t, scale=scale, schedule="power_cosine", power=4.0
+    )
   )(t)
   np.testing.assert_allclose(s, expected, rtol=3e-7)  # float32
 
@@ -98,14 +103,14 @@ def test_constant_scale_needs_no_timestep():
 
 
 @pytest.mark.parametrize(
-    "kwargs, message",
-    [
-        (dict(scale=2.0, schedule="cosine"), "constant, power_cosine"),
-        (dict(scale=2.0, schedule="power_cosine", t=None), "timestep"),
-        (dict(scale=2.0, channels=9), "channels=9.* 8 channels"),
-        (dict(scale=2.0, channels="three"), "channels='three'"),
-        (dict(scale=1.0, schedule="cosine"), "constant, power_cosine"),
-    ],
+  "kwargs, message",
+  [
+    (dict(scale=2.0, schedule="cosine"), "constant, power_cosine"),
+    (dict(scale=2.0, schedule="power_cosine", t=None), "timestep"),
+    (dict(scale=2.0, channels=9), "channels=9.* 8 channels"),
+    (dict(scale=2.0, channels="three"), "channels='three'"),
+    (dict(scale=1.0, schedule="cosine"), "constant, power_cosine"),
+  ],
 )
 def test_mistakes(kwargs, message):
   t = kwargs.pop("t", T)
@@ -130,10 +135,10 @@ def test_guided_equals_two_runs():
   cfg = dict(scale=2.5, channels=3)
   out = guidance.guided(counting, labels, 10, **cfg)(x, level)
   expected = guidance.apply_cfg(
-      network(x, level, labels),
-      network(x, level, jnp.full(3, 10)),
-      level,
-      **cfg,
+    network(x, level, labels),
+    network(x, level, jnp.full(3, 10)),
+    level,
+    **cfg,
   )
   np.testing.assert_array_equal(out, expected)
   assert rows == [6]

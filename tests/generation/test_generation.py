@@ -31,7 +31,7 @@ def loaded():
   leaves, tree = jax.tree.flatten(shapes)
   rng = np.random.default_rng(0)
   params = tree.unflatten(
-      [rng.normal(size=a.shape, scale=0.1).astype(a.dtype) for a in leaves]
+    [rng.normal(size=a.shape, scale=0.1).astype(a.dtype) for a in leaves]
   )
   return weights.Weights(params, config, 4, "edm", "a test")
 
@@ -39,12 +39,12 @@ def loaded():
 def make(loaded, mesh=None):
   model = models.make_model(loaded.config.model)
   generate = generator.make_generator(
-      model, loaded.config, mesh or one_device()
+    model, loaded.config, mesh or one_device()
   )
   return lambda index, labels, seed=0: np.asarray(
-      generate(
-          loaded.params, seed, np.uint32(index), np.asarray(labels, np.int32)
-      )
+    generate(
+      loaded.params, seed, np.uint32(index), np.asarray(labels, np.int32)
+    )
   )
 
 
@@ -74,8 +74,8 @@ class TestGenerator:
 
   def test_eight_devices_equal_one(self, loaded):
     assert_close(
-        make(loaded, make_mesh())(self.index, self.labels),
-        make(loaded)(self.index, self.labels),
+      make(loaded, make_mesh())(self.index, self.labels),
+      make(loaded)(self.index, self.labels),
     )
 
   def test_stochastic_sampling_is_keyed_on_the_sample_too(self, loaded):
@@ -88,6 +88,7 @@ class TestGenerator:
 
   def test_guidance_of_1_is_the_conditional_network(self, loaded):
     """And other scales are not; with scale 0 the label has no influence."""
+
     def run(scale, labels):
       config = loaded.config.copy_and_resolve_references()
       config.sampler.guidance_scale = scale
@@ -107,7 +108,6 @@ class TestGenerator:
 
 
 class TestLabels:
-
   def test_dealt_out_in_turn(self):
     choose = lambda text: generator.choose_labels(np.arange(5), 0, 10, text)
     assert choose("3").tolist() == [3] * 5
@@ -137,7 +137,6 @@ def run_job(loaded, out, num=10, **kwargs):
 
 
 class TestJob:
-
   def test_writes_images_grid_and_npz(self, loaded, tmp_path):
     result = run_job(loaded, tmp_path)
     assert result.npz.name == "samples_10x8x8x3.npz"
@@ -174,11 +173,9 @@ class TestJob:
     assert run_job(loaded, tmp_path) is not None
 
   @pytest.mark.parametrize(
-      "change", [dict(seed=1), dict(labels="3"), dict(params=None)], ids=str
+    "change", [dict(seed=1), dict(labels="3"), dict(params=None)], ids=str
   )
-  def test_a_folder_of_other_samples_is_refused(
-      self, change, loaded, tmp_path
-  ):
+  def test_a_folder_of_other_samples_is_refused(self, change, loaded, tmp_path):
     run_job(loaded, tmp_path, num=2)
     before = sorted(p.stat().st_mtime_ns for p in tmp_path.rglob("*"))
     if "params" in change:
@@ -196,17 +193,16 @@ class TestJob:
 
 
 class TestExportedFile:
-
   def save(self, loaded, path, **header):
     native.save(
-        path,
-        loaded.params,
-        {
-            "config": loaded.config.to_json_best_effort(),
-            "step": "4",
-            "ema": "edm",
-            **header,
-        },
+      path,
+      loaded.params,
+      {
+        "config": loaded.config.to_json_best_effort(),
+        "step": "4",
+        "ema": "edm",
+        **header,
+      },
     )
     return path
 
@@ -215,7 +211,7 @@ class TestExportedFile:
     again = weights.from_file(path, one_device())
     jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
     assert json.loads(again.config.to_json()) == json.loads(
-        loaded.config.to_json()
+      loaded.config.to_json()
     )
     assert (again.step, again.ema) == (4, "edm")
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
@@ -241,7 +237,7 @@ class TestExportedFile:
     params = {**loaded.params, "extra": {"kernel": np.zeros(2, np.float32)}}
     params["head"] = {"kernel": np.zeros((3, 3), np.float32)}
     path = self.save(
-        dataclasses.replace(loaded, params=params), tmp_path / "a.safetensors"
+      dataclasses.replace(loaded, params=params), tmp_path / "a.safetensors"
     )
     with pytest.raises(UserError) as error:
       weights.from_file(path, one_device())

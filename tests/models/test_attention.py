@@ -15,18 +15,18 @@ HEADS, CHANNELS, TIME = 2, 8, 12
 def golden_params(side):
   """Parameters of the golden TMSA, from PyTorch's [out, in] to [in, out]."""
   dense = lambda name, rows: {
-      "kernel": hfill(f"{name}.weight", (3 * CHANNELS, rows), 0.5).T,
-      "bias": hfill(f"{name}.bias", (3 * CHANNELS,), 0.5),
+    "kernel": hfill(f"{name}.weight", (3 * CHANNELS, rows), 0.5).T,
+    "bias": hfill(f"{name}.bias", (3 * CHANNELS,), 0.5),
   }
   table = "relative_position_bias_table"
   params = {
-      table: hfill(table, ((2 * side - 1) ** 2, HEADS), 0.5),
-      "qkv": dense("qkv", CHANNELS),
-      "qkv_temb": dense("qkv_temb", TIME),
-      "proj": {
-          "kernel": hfill("proj.weight", (CHANNELS, CHANNELS), 0.5).T,
-          "bias": hfill("proj.bias", (CHANNELS,), 0.5),
-      },
+    table: hfill(table, ((2 * side - 1) ** 2, HEADS), 0.5),
+    "qkv": dense("qkv", CHANNELS),
+    "qkv_temb": dense("qkv_temb", TIME),
+    "proj": {
+      "kernel": hfill("proj.weight", (CHANNELS, CHANNELS), 0.5).T,
+      "bias": hfill("proj.bias", (CHANNELS,), 0.5),
+    },
   }
   return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
 
@@ -139,12 +139,12 @@ def test_time_token_acts_like_an_extended_token():
   tokens = jnp.broadcast_to(time[:, None, None], (*x.shape[:3], TIME))
   both = jnp.concatenate([x, tokens], axis=-1)
   kernel = jnp.concatenate(
-      [params["qkv"]["kernel"], params["qkv_temb"]["kernel"]]
+    [params["qkv"]["kernel"], params["qkv_temb"]["kernel"]]
   )
   qkv = both @ kernel + params["qkv"]["bias"] + params["qkv_temb"]["bias"]
   q, k, v = jnp.moveaxis(qkv.reshape(2, 16, 3, HEADS, -1), 2, 0)
   bias = attention.relative_position_bias(
-      params["relative_position_bias_table"], 4
+    params["relative_position_bias_table"], 4
   )
   out = attention.attend(q, k, v, bias).reshape(2, 4, 4, CHANNELS)
   out = out @ params["proj"]["kernel"] + params["proj"]["bias"]
@@ -155,7 +155,7 @@ def test_time_token_acts_like_an_extended_token():
 def test_one_window_of_the_whole_map_is_global(window):
   params, inputs = golden_params(4), golden_input()
   np.testing.assert_array_equal(
-      apply(params, *inputs, window), apply(params, *inputs)
+    apply(params, *inputs, window), apply(params, *inputs)
   )
 
 
@@ -177,30 +177,30 @@ def test_non_square_maps_can_be_windowed():
 def test_parameter_tree_is_the_documented_one():
   x, time = golden_input()
   shapes = jax.eval_shape(
-      attention.TMSA(HEADS, 2).init, jax.random.key(0), x, time
+    attention.TMSA(HEADS, 2).init, jax.random.key(0), x, time
   )["params"]
   assert jax.tree.map(lambda a: a.shape, shapes) == jax.tree.map(
-      lambda a: a.shape, golden_params(2)
+    lambda a: a.shape, golden_params(2)
   )
 
 
 def test_bias_table_init_is_not_cut_at_two_sigma():
   x, time = jnp.zeros((1, 16, 16, 8)), jnp.zeros((1, 4))
   table = attention.TMSA(2).init(jax.random.key(0), x, time)["params"][
-      "relative_position_bias_table"
+    "relative_position_bias_table"
   ]
   assert abs(float(table.std()) - 0.02) < 1e-3  # 1,922 draws: 0.0003 is 1 sigma
   assert float(jnp.abs(table).max()) > 0.05
 
 
 @pytest.mark.parametrize(
-    "window, shape, message",
-    [
-        (3, (1, 8, 8, 8), r"window_size=3 does not divide the 8x8.*\[1, 2, 4, 8\]"),
-        (0, (1, 8, 8, 8), "window_size=0"),
-        (None, (1, 4, 8, 8), "square feature map, not 4x8"),
-        (2, (1, 4, 4, 7), "num_heads=2 must divide channels=7"),
-    ],
+  "window, shape, message",
+  [
+    (3, (1, 8, 8, 8), r"window_size=3 does not divide the 8x8.*\[1, 2, 4, 8\]"),
+    (0, (1, 8, 8, 8), "window_size=0"),
+    (None, (1, 4, 8, 8), "square feature map, not 4x8"),
+    (2, (1, 4, 4, 7), "num_heads=2 must divide channels=7"),
+  ],
 )
 def test_wrong_sizes_are_refused(window, shape, message):
   module = attention.TMSA(HEADS, window)
@@ -215,7 +215,7 @@ def test_bfloat16_keeps_softmax_and_parameters_in_float32():
   assert out.dtype == jnp.bfloat16
   # bfloat16 keeps 8 bits: 2^-8 of values near 2, through three products.
   np.testing.assert_allclose(
-      out.astype(jnp.float32), apply(params, x, time), atol=0.05
+    out.astype(jnp.float32), apply(params, x, time), atol=0.05
   )
   shapes = jax.eval_shape(module.init, jax.random.key(0), x, time)
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes))

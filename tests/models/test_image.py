@@ -9,18 +9,20 @@ from diffit_jax.errors import UserError
 from diffit_jax.models import ImageDiffiT, blocks, embeddings, make_model
 
 TINY = dict(
-    base_channels=16,
-    channel_mult=(1, 2),
-    num_blocks=1,
-    window_size=4,
-    head_dim=8,
-    time_dim=16,
+  base_channels=16,
+  channel_mult=(1, 2),
+  num_blocks=1,
+  window_size=4,
+  head_dim=8,
+  time_dim=16,
 )
 
 
 def shapes(model, side=8, **kwargs):
   x = jnp.zeros((1, side, side, model.channels))
-  return jax.eval_shape(model.init, jax.random.key(0), x, jnp.zeros(1))["params"]
+  return jax.eval_shape(model.init, jax.random.key(0), x, jnp.zeros(1))[
+    "params"
+  ]
 
 
 def num_params(tree):
@@ -32,24 +34,24 @@ def random_params(model, side=8):
   leaves, tree = jax.tree.flatten(shapes(model, side))
   keys = jax.random.split(jax.random.key(1), len(leaves))
   return tree.unflatten(
-      [jax.random.normal(k, a.shape) * 0.2 for k, a in zip(keys, leaves)]
+    [jax.random.normal(k, a.shape) * 0.2 for k, a in zip(keys, leaves)]
   )
 
 
 # Counts of a separate implementation of the same description.
 @pytest.mark.parametrize(
-    "side, fields, expected",
-    [
-        (32, dict(channel_mult=(1, 2, 2), window_size=4), 28_682_819),
-        (32, dict(channel_mult=(2, 2, 2), window_size=4), 39_352_531),
-        (
-            32,
-            dict(channel_mult=(1, 2, 2), window_size=4, num_blocks=2),
-            15_871_011,
-        ),
-        (64, dict(), 44_789_603),
-        (64, dict(num_blocks=(1, 2, 2, 2)), 23_789_231),
-    ],
+  "side, fields, expected",
+  [
+    (32, dict(channel_mult=(1, 2, 2), window_size=4), 28_682_819),
+    (32, dict(channel_mult=(2, 2, 2), window_size=4), 39_352_531),
+    (
+      32,
+      dict(channel_mult=(1, 2, 2), window_size=4, num_blocks=2),
+      15_871_011,
+    ),
+    (64, dict(), 44_789_603),
+    (64, dict(num_blocks=(1, 2, 2, 2)), 23_789_231),
+  ],
 )
 def test_parameter_count(side, fields, expected):
   assert num_params(shapes(ImageDiffiT(**fields), side)) == expected
@@ -62,7 +64,7 @@ def test_resblock_is_equations_9_and_10():
   time = jax.random.normal(jax.random.key(1), (2, 12))
   params = module.init(jax.random.key(2), x, time)["params"]
   params = jax.tree.map(
-      lambda a: jax.random.normal(jax.random.key(a.size), a.shape) * 0.3, params
+    lambda a: jax.random.normal(jax.random.key(a.size), a.shape) * 0.3, params
   )
   p = params["norm"]
   groups = x.reshape(2, 4, 4, 4, 4)  # min(32, 16 / 4) = 4 groups of 4
@@ -72,11 +74,11 @@ def test_resblock_is_equations_9_and_10():
   h = h * p["scale"] + p["bias"]
   h = h / (1 + jnp.exp(-h))
   h = jax.lax.conv_general_dilated(
-      h,
-      params["conv"]["kernel"],
-      (1, 1),
-      ((1, 1), (1, 1)),
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    h,
+    params["conv"]["kernel"],
+    (1, 1),
+    ((1, 1), (1, 1)),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
   )
   h = h + params["conv"]["bias"]
   block = blocks.DiffiTBlock(num_heads=2, window_size=2)
@@ -116,13 +118,16 @@ def test_fresh_network_is_near_zero():
   out = model.apply({"params": params}, x, jnp.zeros(2))
   assert 0 < np.abs(out).max() < 1e-3
   block = params["encoder_0_block_0"]["block"]
-  for kernel in (block["attn"]["proj"]["kernel"], block["mlp"]["fc2"]["kernel"]):
+  for kernel in (
+    block["attn"]["proj"]["kernel"],
+    block["mlp"]["fc2"]["kernel"],
+  ):
     bound = 1e-5 * np.sqrt(6 / sum(kernel.shape))
     assert 0.9 * bound < np.abs(kernel).max() <= bound
 
 
 def test_downsampling_pads_both_sides_by_one():
-  """Stride 2 with one zero before and after: not XLA's SAME, which pads after."""
+  """Stride 2, one zero before and after: XLA's SAME pads only after."""
   layer = blocks.conv(1, 3, jnp.float32, "down", stride=2)
   x = jnp.arange(16.0).reshape(1, 4, 4, 1)
   kernel = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0)
@@ -131,32 +136,32 @@ def test_downsampling_pads_both_sides_by_one():
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [
-        dict(skip="add"),
-        dict(skip="per_block", num_blocks=(2, 1)),
-        dict(resize="bilinear"),
-        dict(decoder_in_conv=True),
-        dict(head_act="none"),
-        dict(num_classes=10, augment_dim=0),
-        dict(window_size=None),
-        dict(dtype=jnp.bfloat16),
-        dict(channels=1, channel_mult=(1, 1, 1)),
-    ],
-    ids=str,
+  "fields",
+  [
+    dict(skip="add"),
+    dict(skip="per_block", num_blocks=(2, 1)),
+    dict(resize="bilinear"),
+    dict(decoder_in_conv=True),
+    dict(head_act="none"),
+    dict(num_classes=10, augment_dim=0),
+    dict(window_size=None),
+    dict(dtype=jnp.bfloat16),
+    dict(channels=1, channel_mult=(1, 1, 1)),
+  ],
+  ids=str,
 )
 def test_options_change_the_network(fields):
   model = ImageDiffiT(**{**TINY, **fields})
   plain = ImageDiffiT(**TINY)
   x = jax.random.normal(jax.random.key(0), (2, 8, 8, model.channels))
   out = jax.jit(model.apply)(
-      {"params": random_params(model)}, x, jnp.array([0.3, -0.5])
+    {"params": random_params(model)}, x, jnp.array([0.3, -0.5])
   )
   assert out.shape == x.shape and out.dtype == jnp.float32
   assert np.isfinite(out).all()
   if model.channels == 3:
     same = plain.apply(
-        {"params": random_params(plain)}, x, jnp.array([0.3, -0.5])
+      {"params": random_params(plain)}, x, jnp.array([0.3, -0.5])
     )
     assert np.abs(out - same).max() > 1e-3
 
@@ -189,7 +194,7 @@ def test_zero_augment_labels_equal_none():
 
 
 def test_positional_embedding_golden():
-  """x = 0.3, 8 channels; values of EDM's PositionalEmbedding, swapped halves."""
+  """x = 0.3, 8 channels: EDM's PositionalEmbedding with swapped halves."""
   expected = [
       0.295520207, 0.0139243165, 6.46330362e-4, 3e-5,
       0.955336489, 0.999903052, 0.999999791, 1,
@@ -203,11 +208,11 @@ class TestDropout:
 
   def run(self, x, index, key=0):
     return self.model.apply(
-        {"params": random_params(self.model)},
-        x,
-        jnp.zeros(len(x)),
-        sample_index=jnp.asarray(index, jnp.uint32),
-        rngs={"dropout": jax.random.key(key)},
+      {"params": random_params(self.model)},
+      x,
+      jnp.zeros(len(x)),
+      sample_index=jnp.asarray(index, jnp.uint32),
+      rngs={"dropout": jax.random.key(key)},
     )
 
   def test_mask_follows_the_sample_and_not_the_row(self):
@@ -218,7 +223,9 @@ class TestDropout:
     np.testing.assert_allclose(moved, out[jnp.array([2, 0])], atol=1e-5)
 
   def test_samples_steps_and_layers_differ(self):
-    x = jnp.broadcast_to(jnp.linspace(-1, 1, 192).reshape(8, 8, 3), (2, 8, 8, 3))
+    x = jnp.broadcast_to(
+      jnp.linspace(-1, 1, 192).reshape(8, 8, 3), (2, 8, 8, 3)
+    )
     out = self.run(x, [5, 6])
     assert np.abs(out[0] - out[1]).max() > 1e-3
     assert np.abs(out - self.run(x, [5, 6], key=1)).max() > 1e-3
@@ -228,7 +235,7 @@ class TestDropout:
     params = {"params": random_params(self.model)}
     plain = ImageDiffiT(**TINY).apply(params, x, jnp.zeros(1))
     np.testing.assert_array_equal(
-        self.model.apply(params, x, jnp.zeros(1)), plain
+      self.model.apply(params, x, jnp.zeros(1)), plain
     )
 
   def test_rate_and_scale(self):
@@ -240,21 +247,21 @@ class TestDropout:
 
 
 @pytest.mark.parametrize(
-    "fields, message",
-    [
-        (dict(skip="concatenate"), r"model.skip='concatenate': use one of"),
-        (dict(num_blocks=(1, 2, 3)), "3 entries for 2 levels"),
-        (dict(head_dim=24), "model.head_dim=24 does not divide"),
-        (dict(channels=1), "3 channels, model.channels=1"),
-        (dict(channel_mult=(1, 1, 1, 1, 1)), "cannot be halved 4 times"),
-        (dict(window_size=3), "window_size=3 does not divide the 8x8"),
-    ],
+  "fields, message",
+  [
+    (dict(skip="concatenate"), r"model.skip='concatenate': use one of"),
+    (dict(num_blocks=(1, 2, 3)), "3 entries for 2 levels"),
+    (dict(head_dim=24), "model.head_dim=24 does not divide"),
+    (dict(channels=1), "3 channels, model.channels=1"),
+    (dict(channel_mult=(1, 1, 1, 1, 1)), "cannot be halved 4 times"),
+    (dict(window_size=3), "window_size=3 does not divide the 8x8"),
+  ],
 )
 def test_wrong_sizes_are_refused(fields, message):
   model = ImageDiffiT(**{**TINY, **fields})
   with pytest.raises(UserError, match=message):
     jax.eval_shape(
-        model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros(1)
+      model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros(1)
     )
 
 
@@ -263,15 +270,19 @@ def test_labels_are_refused_by_an_unconditional_model():
   params = {"params": shapes(model)}
   with pytest.raises(UserError, match="unconditional"):
     jax.eval_shape(
-        model.apply, params, jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), jnp.zeros(1)
+      model.apply, params, jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), jnp.zeros(1)
     )
 
 
 def test_make_model_from_a_config():
-  config = dict(TINY, name="image_diffit", dtype="bfloat16", channel_mult=[1, 2])
+  config = dict(
+    TINY, name="image_diffit", dtype="bfloat16", channel_mult=[1, 2]
+  )
   model = make_model(config)
   assert model == ImageDiffiT(**TINY, dtype=jnp.dtype("bfloat16"))
   with pytest.raises(UserError, match="no field model.widow_size"):
     make_model(dict(config, widow_size=4))
-  with pytest.raises(UserError, match=r"model.name='unet': use one of \['image"):
+  with pytest.raises(
+    UserError, match=r"model.name='unet': use one of \['image"
+  ):
     make_model(dict(name="unet"))

@@ -38,25 +38,40 @@ def noise_of(seed=0, shape=SHAPE):
 def test_noise_levels():
   # facts 5.2
   np.testing.assert_allclose(
-      edm_heun.noise_levels(18),
-      [
-          80, 57.58598472, 40.7855738, 28.3745846, 19.35245298, 12.91008238,
-          8.400935309, 5.315194522, 3.25682152, 1.923339837, 1.088170637,
-          0.5853481232, 0.2964422845, 0.1395164687, 0.05994731124,
-          0.02293451837, 0.007528019963, 0.002, 0,
-      ],
-      rtol=1e-9,
+    edm_heun.noise_levels(18),
+    [
+      80,
+      57.58598472,
+      40.7855738,
+      28.3745846,
+      19.35245298,
+      12.91008238,
+      8.400935309,
+      5.315194522,
+      3.25682152,
+      1.923339837,
+      1.088170637,
+      0.5853481232,
+      0.2964422845,
+      0.1395164687,
+      0.05994731124,
+      0.02293451837,
+      0.007528019963,
+      0.002,
+      0,
+    ],
+    rtol=1e-9,
   )
   levels = edm_heun.noise_levels(40)
   np.testing.assert_allclose(
-      levels[:5],
-      [80, 69.45094604, 60.11739476, 51.88031814, 44.63020157],
-      rtol=1e-9,
+    levels[:5],
+    [80, 69.45094604, 60.11739476, 51.88031814, 44.63020157],
+    rtol=1e-9,
   )
   np.testing.assert_allclose(
-      levels[-6:],
-      [0.01752203651, 0.01081204659, 0.006437113278, 0.003676589168, 0.002, 0],
-      rtol=1e-9,
+    levels[-6:],
+    [0.01752203651, 0.01081204659, 0.006437113278, 0.003676589168, 0.002, 0],
+    rtol=1e-9,
   )
 
 
@@ -70,23 +85,23 @@ def test_number_of_evaluations():
 
 
 @pytest.mark.parametrize(
-    "steps, end", [(18, 0.527624637001), (40, 0.504876864654)]
+  "steps, end", [(18, 0.527624637001), (40, 0.504876864654)]
 )
 def test_toy_value(x64, steps, end):
   # facts 5.2: D = 0.25 x / (sigma^2 + 0.25) from z = 1
   x = sampling.sample(
-      gaussian(0, 0.5), "edm_heun", jnp.ones((1, 1, 1, 1)), steps=steps
+    gaussian(0, 0.5), "edm_heun", jnp.ones((1, 1, 1, 1)), steps=steps
   )
   assert x.dtype == jnp.float64
   np.testing.assert_allclose(x.item(), end, rtol=2e-12)
 
 
 @pytest.mark.parametrize(
-    "steps, end", [(18, 0.527624637001), (40, 0.504876864654)]
+  "steps, end", [(18, 0.527624637001), (40, 0.504876864654)]
 )
 def test_toy_value_in_float32(steps, end):
   x = jax.jit(
-      lambda z: sampling.sample(gaussian(0, 0.5), "edm_heun", z, steps=steps)
+    lambda z: sampling.sample(gaussian(0, 0.5), "edm_heun", z, steps=steps)
   )(jnp.ones((1, 1, 1, 1)))
   assert x.dtype == jnp.float32
   # Some 2n roundings of 6e-8.
@@ -107,9 +122,7 @@ def test_gaussian_data_ends_where_the_ode_does(x64):
   z = noise_of()
   x = sampling.sample(gaussian(0.3, 0.7), "edm_heun", z, steps=400)
   # What is left is the method's own error at 400 steps.
-  np.testing.assert_allclose(
-      x, gaussian_end(z, 0.3, 0.7, 80, 0), atol=2e-4
-  )
+  np.testing.assert_allclose(x, gaussian_end(z, 0.3, 0.7, 80, 0), atol=2e-4)
 
 
 def test_second_order(x64):
@@ -122,13 +135,11 @@ def test_second_order(x64):
   options = dict(sigma_min=1e-7, sigma_max=5.0, rho=3.0)
   end = gaussian_end(z, 0.3, 0.7, 5.0, 0)
   errors = [
-      np.abs(
-          sampling.sample(
-              gaussian(0.3, 0.7), "edm_heun", z, steps=n, **options
-          )
-          - end
-      ).max()
-      for n in (41, 81, 161, 321)
+    np.abs(
+      sampling.sample(gaussian(0.3, 0.7), "edm_heun", z, steps=n, **options)
+      - end
+    ).max()
+    for n in (41, 81, 161, 321)
   ]
   ratios = np.divide(errors[:-1], errors[1:])
   np.testing.assert_allclose(ratios, 4, rtol=0.1)
@@ -140,7 +151,9 @@ def test_one_step_is_euler_from_sigma_max_to_the_denoised_image():
   denoiser = gaussian(0.3, 0.7)
   x = sampling.sample(denoiser, "edm_heun", z, steps=1)
   np.testing.assert_allclose(
-      x, denoiser(80 * z, jnp.full(3, 80.0)), atol=2e-5  # rounding of 80 z
+    x,
+    denoiser(80 * z, jnp.full(3, 80.0)),
+    atol=2e-5,  # rounding of 80 z
   )
 
 
@@ -181,17 +194,17 @@ def test_churn_with_given_noise_is_algorithm_2(x64, S_churn):
   z, step_noise = noise_of(0), noise_of(1, (n, *SHAPE))
   options = {**CHURN, "S_churn": S_churn}
   x = jax.jit(
-      lambda z, e: sampling.sample(
-          lambda x, sigma: curved(x, sigma[:, None, None, None]),
-          "edm_heun",
-          z,
-          steps=n,
-          step_noise=e,
-          **options,
-      )
+    lambda z, e: sampling.sample(
+      lambda x, sigma: curved(x, sigma[:, None, None, None]),
+      "edm_heun",
+      z,
+      steps=n,
+      step_noise=e,
+      **options,
+    )
   )(z, step_noise)
   expected = algorithm_2(
-      curved, np.asarray(z), np.asarray(step_noise), n, **options
+    curved, np.asarray(z), np.asarray(step_noise), n, **options
   )
   np.testing.assert_allclose(x, expected, rtol=1e-11)
 
@@ -200,20 +213,22 @@ def test_keys_are_folded_with_the_number_of_the_draw():
   n = 5
   z = noise_of().astype(jnp.float32)
   keys = jax.random.split(jax.random.key(2), 3)
-  drawn = jnp.stack([
-      jnp.stack([
+  drawn = jnp.stack(
+    [
+      jnp.stack(
+        [
           jax.random.normal(jax.random.fold_in(key, i), SHAPE[1:])
           for key in keys
-      ])
+        ]
+      )
       for i in range(n)
-  ])
+    ]
+  )
   run = lambda **kw: sampling.sample(
-      gaussian(0.3, 0.7), "edm_heun", z, steps=n, **CHURN, **kw
+    gaussian(0.3, 0.7), "edm_heun", z, steps=n, **CHURN, **kw
   )
   # Rounding of states of size 80, compiled in two ways.
-  np.testing.assert_allclose(
-      run(keys=keys), run(step_noise=drawn), atol=1e-5
-  )
+  np.testing.assert_allclose(run(keys=keys), run(step_noise=drawn), atol=1e-5)
 
 
 def test_sample_does_not_depend_on_its_batch():
@@ -221,9 +236,9 @@ def test_sample_does_not_depend_on_its_batch():
   z = noise_of(3, (5, 4, 4, 1)).astype(jnp.float32)
   keys = jax.random.split(jax.random.key(4), 5)
   run = jax.jit(
-      lambda z, keys: sampling.sample(
-          gaussian(0.3, 0.7), "edm_heun", z, steps=n, keys=keys, **CHURN
-      )
+    lambda z, keys: sampling.sample(
+      gaussian(0.3, 0.7), "edm_heun", z, steps=n, keys=keys, **CHURN
+    )
   )
   together = run(z, keys)
   apart = jnp.concatenate([run(z[:1], keys[:1]), run(z[1:], keys[1:])])
@@ -238,9 +253,9 @@ def test_churn_keeps_the_distribution():
   z = noise_of(5, (2000, 2, 2, 1)).astype(jnp.float32)
   keys = jax.random.split(jax.random.key(6), 2000)
   x = jax.jit(
-      lambda z, keys: sampling.sample(
-          gaussian(0.3, 0.7), "edm_heun", z, steps=40, keys=keys, S_churn=20.0
-      )
+    lambda z, keys: sampling.sample(
+      gaussian(0.3, 0.7), "edm_heun", z, steps=40, keys=keys, S_churn=20.0
+    )
   )(z, keys)
   # Four standard errors of 8000 draws, plus 0.5 % for the 40 steps.
   assert abs(x.mean() - 0.3) < 4 * 0.7 / 8000**0.5
@@ -259,14 +274,14 @@ def test_network_is_traced_once(churn):
     return gaussian(0.3, 0.7)(x, sigma)
 
   run = jax.jit(
-      lambda z, keys: sampling.sample(
-          denoiser, "edm_heun", z, steps=18, keys=keys, **churn
-      )
+    lambda z, keys: sampling.sample(
+      denoiser, "edm_heun", z, steps=18, keys=keys, **churn
+    )
   )
   for seed in range(2):
     run(
-        noise_of(seed).astype(jnp.float32),
-        jax.random.split(jax.random.key(seed), 3),
+      noise_of(seed).astype(jnp.float32),
+      jax.random.split(jax.random.key(seed), 3),
     )
   assert traces == [(SHAPE, (3,), jnp.float32, jnp.float32)]
 
@@ -274,9 +289,9 @@ def test_network_is_traced_once(churn):
 def test_deterministic_run_draws_nothing():
   def trace(**options):
     return jax.make_jaxpr(
-        lambda z, keys: sampling.sample(
-            gaussian(0, 1), "edm_heun", z, steps=4, keys=keys, **options
-        )
+      lambda z, keys: sampling.sample(
+        gaussian(0, 1), "edm_heun", z, steps=4, keys=keys, **options
+      )
     )(jnp.zeros(SHAPE), jax.random.split(jax.random.key(0), 3))
 
   assert "random_bits" in str(trace(S_churn=1.0))
@@ -287,41 +302,41 @@ def test_deterministic_run_draws_nothing():
 
 def test_network_in_bfloat16_leaves_the_state_in_float32():
   x = sampling.sample(
-      lambda x, sigma: gaussian(0, 0.5)(x, sigma).astype(jnp.bfloat16),
-      "edm_heun",
-      jnp.ones((1, 1, 1, 1)),
-      steps=18,
+    lambda x, sigma: gaussian(0, 0.5)(x, sigma).astype(jnp.bfloat16),
+    "edm_heun",
+    jnp.ones((1, 1, 1, 1)),
+    steps=18,
   )
   assert x.dtype == jnp.float32
   np.testing.assert_allclose(x.item(), 0.5276, rtol=0.02)
 
 
 @pytest.mark.parametrize(
-    "kwargs, message",
-    [
-        (dict(solver="euler"), "'euler' is unknown; allowed: edm_heun"),
-        (dict(steps=0), "steps=0 must be a whole number above 0"),
-        (dict(steps=2.5), "steps=2.5 must be"),
-        (dict(steps=True), "steps=True must be"),
-        (dict(eta=1.0), "no option 'eta'; allowed: sigma_min, sigma_max, rho"),
-        (dict(sigma_min=0.0), "sigma_min=0.0 < sigma_max=80.0"),
-        (dict(sigma_max=0.001), "sigma_min=0.002 < sigma_max=0.001"),
-        (dict(S_churn=-1.0), "S_churn=-1.0 >= 0"),
-        (dict(S_churn=1.0), r"give keys, .* or step_noise \[4, b, h, w, c\]"),
-        (
-            dict(S_churn=1.0, keys=jax.random.split(jax.random.key(0), 2)),
-            r"keys must be \[3\] typed",
-        ),
-        (
-            dict(S_churn=1.0, keys=jnp.zeros((3, 2), jnp.uint32)),
-            r"keys must be .* not uint32 \(3, 2\)",
-        ),
-        (
-            dict(S_churn=1.0, step_noise=jnp.zeros((7, *SHAPE))),
-            r"\(7, 3, 2, 2, 2\); this run draws \(4, 3, 2, 2, 2\)",
-        ),
-        (dict(noise=jnp.zeros((3, 2))), r"noise must be .* \(3, 2\)"),
-    ],
+  "kwargs, message",
+  [
+    (dict(solver="euler"), "'euler' is unknown; allowed: edm_heun"),
+    (dict(steps=0), "steps=0 must be a whole number above 0"),
+    (dict(steps=2.5), "steps=2.5 must be"),
+    (dict(steps=True), "steps=True must be"),
+    (dict(eta=1.0), "no option 'eta'; allowed: sigma_min, sigma_max, rho"),
+    (dict(sigma_min=0.0), "sigma_min=0.0 < sigma_max=80.0"),
+    (dict(sigma_max=0.001), "sigma_min=0.002 < sigma_max=0.001"),
+    (dict(S_churn=-1.0), "S_churn=-1.0 >= 0"),
+    (dict(S_churn=1.0), r"give keys, .* or step_noise \[4, b, h, w, c\]"),
+    (
+      dict(S_churn=1.0, keys=jax.random.split(jax.random.key(0), 2)),
+      r"keys must be \[3\] typed",
+    ),
+    (
+      dict(S_churn=1.0, keys=jnp.zeros((3, 2), jnp.uint32)),
+      r"keys must be .* not uint32 \(3, 2\)",
+    ),
+    (
+      dict(S_churn=1.0, step_noise=jnp.zeros((7, *SHAPE))),
+      r"\(7, 3, 2, 2, 2\); this run draws \(4, 3, 2, 2, 2\)",
+    ),
+    (dict(noise=jnp.zeros((3, 2))), r"noise must be .* \(3, 2\)"),
+  ],
 )
 def test_mistakes(kwargs, message):
   call = dict(solver="edm_heun", noise=jnp.zeros(SHAPE), steps=4)

@@ -11,9 +11,9 @@ from diffit_jax.sampling import images
 
 @pytest.mark.parametrize("array", [np.float32, jnp.float32])
 @pytest.mark.parametrize(
-    "rule, expected",
-    # 127.5 x + 128 and 127.5 (x + 1), both cut to 0..255, then towards zero.
-    [("edm", [0, 0, 64, 128, 255, 255]), ("adm", [0, 0, 63, 127, 255, 255])],
+  "rule, expected",
+  # 127.5 x + 128 and 127.5 (x + 1), both cut to 0..255, then towards zero.
+  [("edm", [0, 0, 64, 128, 255, 255]), ("adm", [0, 0, 63, 127, 255, 255])],
 )
 def test_to_uint8(array, rule, expected):
   out = images.to_uint8(array([-2, -1, -0.5, 0, 1, 3]), rule)
@@ -36,9 +36,7 @@ def test_grid_runs_along_rows():
   cells = np.arange(5).reshape(5, 1, 1, 1) + np.ones((5, 2, 3, 1), int)
   grid = images.image_grid(cells, columns=2)
   assert grid.shape == (6, 6, 1)
-  np.testing.assert_array_equal(
-      grid[::2, ::3, 0], [[1, 2], [3, 4], [5, 0]]
-  )
+  np.testing.assert_array_equal(grid[::2, ::3, 0], [[1, 2], [3, 4], [5, 0]])
   np.testing.assert_array_equal(grid[:2, :3, 0], 1)
 
 

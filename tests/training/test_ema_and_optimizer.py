@@ -1,4 +1,4 @@
-"""EMA decay, learning-rate ramp, gradient rule and Adam against the formulas."""
+"""EMA decay, learning rate, gradient rule and Adam against the formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -10,29 +10,29 @@ from diffit_jax.training import ema, optimizer
 
 EDM_EMA = dict(kind="halflife", halflife_images=500_000, rampup_ratio=0.05)
 ADAM = dict(
-    name="adam",
-    learning_rate=1e-3,
-    rampup_images=10_000_000,
-    b1=0.9,
-    b2=0.999,
-    eps=1e-8,
-    weight_decay=0.0,
-    clip_norm=0.0,
-    sanitise_gradients=True,
+  name="adam",
+  learning_rate=1e-3,
+  rampup_images=10_000_000,
+  b1=0.9,
+  b2=0.999,
+  eps=1e-8,
+  weight_decay=0.0,
+  clip_norm=0.0,
+  sanitise_gradients=True,
 )
 
 
 # EDM's values at a number of images seen; steps = images / batch.
 @pytest.mark.parametrize(
-    "batch, images, peak, rate, beta",
-    [
-        (512, 1e6, 1e-3, 1e-4, 0.9929273030),
-        (512, 5e6, 1e-3, 5e-4, 0.9985814417),
-        (512, 10e6, 1e-3, 1e-3, 0.9992904691),
-        (512, 150e6, 1e-3, 1e-3, 0.9992904691),
-        (256, 1e6, 2e-4, 2e-5, 0.9964573764),
-        (256, 10e6, 2e-4, 2e-4, 0.9996451716),
-    ],
+  "batch, images, peak, rate, beta",
+  [
+    (512, 1e6, 1e-3, 1e-4, 0.9929273030),
+    (512, 5e6, 1e-3, 5e-4, 0.9985814417),
+    (512, 10e6, 1e-3, 1e-3, 0.9992904691),
+    (512, 150e6, 1e-3, 1e-3, 0.9992904691),
+    (256, 1e6, 2e-4, 2e-5, 0.9964573764),
+    (256, 10e6, 2e-4, 2e-4, 0.9996451716),
+  ],
 )
 def test_ramp_and_decay_golden(batch, images, peak, rate, beta):
   step = jnp.float32(images / batch)
@@ -87,7 +87,7 @@ def numpy_adam(gradients, rates, w, decay=0.0):
 @pytest.mark.parametrize("name, decay", [("adam", 0.0), ("adamw", 0.1)])
 def test_adam_follows_the_equations(name, decay):
   config = dict(
-      ADAM, name=name, weight_decay=decay, rampup_images=320, learning_rate=0.1
+    ADAM, name=name, weight_decay=decay, rampup_images=320, learning_rate=0.1
   )
   batch, gradients = 64, np.random.default_rng(0).normal(size=(8, 3))
   transform = optimizer.make_optimizer(config, batch)
@@ -106,7 +106,7 @@ def test_non_finite_gradients_do_not_reach_the_moments():
   transform = optimizer.make_optimizer(dict(ADAM, rampup_images=0), 8)
   w = jnp.zeros(2)
   change, state = transform.update(
-      jnp.array([jnp.nan, 1.0]), transform.init(w), w
+    jnp.array([jnp.nan, 1.0]), transform.init(w), w
   )
   assert all(np.isfinite(x).all() for x in jax.tree.leaves((change, state)))
   assert change[0] == 0
@@ -120,11 +120,11 @@ def test_moments_are_float32():
 
 
 @pytest.mark.parametrize(
-    "fields, message",
-    [
-        (dict(name="sgd"), "optimizer.name='sgd': use one of"),
-        (dict(weight_decay=0.1), "weight_decay=0.1 has no effect on adam"),
-    ],
+  "fields, message",
+  [
+    (dict(name="sgd"), "optimizer.name='sgd': use one of"),
+    (dict(weight_decay=0.1), "weight_decay=0.1 has no effect on adam"),
+  ],
 )
 def test_wrong_fields_are_refused(fields, message):
   with pytest.raises(UserError, match=message):

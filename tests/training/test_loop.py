@@ -59,7 +59,7 @@ def test_two_and_two_steps_equal_four(reference, data_dir, tmp_path):
     config = small(total_steps=total)
     assert loop.train(config, tmp_path, data_dir, devices=one_device())
   assert_equal_states(
-      final_state(small(), tmp_path), final_state(small(), reference)
+    final_state(small(), tmp_path), final_state(small(), reference)
   )
 
 
@@ -70,7 +70,9 @@ def test_checkpoint_holds_everything(reference):
   assert checkpoint.list_steps(reference) == [2, 4]
   restored = final_state(small(), reference)
   assert int(restored.step) == 4
-  dtypes = {leaf.dtype for leaf in jax.tree.leaves((restored.params, restored.ema))}
+  dtypes = {
+    leaf.dtype for leaf in jax.tree.leaves((restored.params, restored.ema))
+  }
   assert dtypes == {jnp.dtype("float32")}
 
 
@@ -81,7 +83,7 @@ def test_a_finished_run_is_left_alone(copy, data_dir):
 
 
 def test_stop_request_saves_and_the_run_goes_on_to_the_same_bits(
-    reference, data_dir, tmp_path, monkeypatch
+  reference, data_dir, tmp_path, monkeypatch
 ):
   """SIGTERM in the middle of step 3, which no interval would have saved."""
   import os
@@ -101,13 +103,13 @@ def test_stop_request_saves_and_the_run_goes_on_to_the_same_bits(
   assert checkpoint.list_steps(tmp_path) == [2, 3]
   assert loop.train(small(), tmp_path, data_dir, devices=one_device())
   assert_equal_states(
-      final_state(small(), tmp_path), final_state(small(), reference)
+    final_state(small(), tmp_path), final_state(small(), reference)
   )
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete", "item"])
 def test_damaged_newest_checkpoint_falls_back(
-    damage, copy, reference, data_dir, caplog
+  damage, copy, reference, data_dir, caplog
 ):
   newest = copy / "checkpoints" / "4"
   files = [p for p in (newest / "params").rglob("*") if p.is_file()]
@@ -123,12 +125,12 @@ def test_damaged_newest_checkpoint_falls_back(
   assert "checkpoint 4 cannot be read" in caplog.text
   assert (copy / "damaged" / "4").is_dir()
   assert_equal_states(
-      final_state(small(), copy), final_state(small(), reference)
+    final_state(small(), copy), final_state(small(), reference)
   )
 
 
 def test_all_checkpoints_damaged_is_an_error_that_changes_nothing(
-    copy, data_dir
+  copy, data_dir
 ):
   for path in (copy / "checkpoints").glob("*/params"):
     shutil.rmtree(path)
@@ -145,9 +147,9 @@ def test_another_run_in_the_workdir_is_refused(copy, data_dir):
   with pytest.raises(UserError) as error:
     loop.train(config, copy, data_dir, devices=one_device())
   for text in (
-      "seed is 0 there and 1 here",
-      "batch_size is 16 there and 32 here",
-      "model.dropout is 0.0 there and 0.5 here",
+    "seed is 0 there and 1 here",
+    "batch_size is 16 there and 32 here",
+    "model.dropout is 0.0 there and 0.5 here",
   ):
     assert text in str(error.value)
   assert (copy / "config.json").read_text() == before
@@ -168,17 +170,17 @@ def test_eight_devices_equal_one(reference, data_dir, tmp_path):
   program = program_lib.build(small(), one_device())
   x = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
   run = lambda tree: program.model.apply(
-      {"params": jax.device_get(tree)}, x, jnp.zeros(4)
+    {"params": jax.device_get(tree)}, x, jnp.zeros(4)
   )
   np.testing.assert_allclose(run(eight.params), run(one.params), atol=1e-5)
   jax.tree_util.tree_map_with_path(
-      lambda path, a, b: np.testing.assert_allclose(
-          _without_gradient_free_rows(path, a),
-          _without_gradient_free_rows(path, b),
-          atol=5e-5,
-      ),
-      eight.params,
-      one.params,
+    lambda path, a, b: np.testing.assert_allclose(
+      _without_gradient_free_rows(path, a),
+      _without_gradient_free_rows(path, b),
+      atol=5e-5,
+    ),
+    eight.params,
+    one.params,
   )
 
 
@@ -196,7 +198,7 @@ def _without_gradient_free_rows(path, leaf):
 
 
 def test_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(
-    data_dir, tmp_path
+  data_dir, tmp_path
 ):
   config = small(total_steps=2)
   config.optimizer.learning_rate = 1e12
@@ -218,7 +220,9 @@ def test_bad_step_is_the_first_one():
 
   monitor = state.Monitor(*map(jnp.asarray, (0.0, 0.0, 0, -1)))
   for number, loss in enumerate([1.0, np.nan, 2.0, np.inf]):
-    monitor = step._watch(monitor, number, jnp.float32(loss), {"w": jnp.ones(2)})
+    monitor = step._watch(
+      monitor, number, jnp.float32(loss), {"w": jnp.ones(2)}
+    )
   assert int(monitor.bad_step) == 1 and int(monitor.steps) == 4
 
 
@@ -241,7 +245,7 @@ class Untouchable:
 
 
 def test_no_value_is_fetched_between_logging_points(
-    data_dir, tmp_path, monkeypatch
+  data_dir, tmp_path, monkeypatch
 ):
   """The step is replaced by one that returns leaves which note every look."""
   Untouchable.touched.clear()
@@ -256,11 +260,11 @@ def test_no_value_is_fetched_between_logging_points(
   seen = []
   real = program_lib.build
   monkeypatch.setattr(
-      loop.program_lib,
-      "build",
-      lambda *args: program_lib.dataclasses.replace(
-          real(*args), train_step=fake_step
-      ),
+    loop.program_lib,
+    "build",
+    lambda *args: program_lib.dataclasses.replace(
+      real(*args), train_step=fake_step
+    ),
   )
   config = small(total_steps=12, log_every_steps=5, save_every_steps=6)
   loop.train(config, tmp_path, data_dir, devices=one_device())
@@ -294,17 +298,17 @@ def test_data_that_do_not_fit_the_config_are_refused(data_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(batch_size=12), "batch_size=12 cannot be divided over 8 devices"),
-        (dict(total_steps=0), "total_steps=0 must be at least 1"),
-        ({"mesh.data": 3}, r"mesh.data=3 x mesh.fsdp=1 does not make 8"),
-        ({"model.augment_dim": 9}, "model.augment_dim=9 must be 0"),
-        ({"model.num_classes": 7}, "model.num_classes=7 must be 0 or"),
-        ({"diffusion.kind": "vp"}, "diffusion.kind='vp'"),
-        ({"model.window_size": 3}, "window_size=3 does not divide"),
-    ],
-    ids=str,
+  "change, message",
+  [
+    (dict(batch_size=12), "batch_size=12 cannot be divided over 8 devices"),
+    (dict(total_steps=0), "total_steps=0 must be at least 1"),
+    ({"mesh.data": 3}, r"mesh.data=3 x mesh.fsdp=1 does not make 8"),
+    ({"model.augment_dim": 9}, "model.augment_dim=9 must be 0"),
+    ({"model.num_classes": 7}, "model.num_classes=7 must be 0 or"),
+    ({"diffusion.kind": "vp"}, "diffusion.kind='vp'"),
+    ({"model.window_size": 3}, "window_size=3 does not divide"),
+  ],
+  ids=str,
 )
 def test_configs_that_cannot_work_are_refused(change, message):
   config = small()

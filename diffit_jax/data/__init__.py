@@ -1,0 +1,1 @@
+"""Data: TFDS builders that prepare once, and the Grain pipeline that reads."""

@@ -1,0 +1,1 @@
+"""TFDS builders; `diffit_jax.prepare` runs them. None needs TensorFlow."""

@@ -1,0 +1,41 @@
+"""CIFAR-10, by TFDS's own builder, in ArrayRecord format."""
+
+import os
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from diffit_jax.errors import UserError
+
+_FILE = "cifar-10-binary.tar.gz"
+
+
+def recipe(data_dir: str, source: str | None = None) -> dict[str, Any]:
+  """What `preparation.prepare` needs to know to make CIFAR-10.
+
+  Args:
+    data_dir: where data sets live; a download is kept in its `downloads`.
+    source: the archive, where it was fetched by hand; TFDS compares its
+      checksum with the published one. None downloads it.
+  """
+  if source and os.path.basename(source) != _FILE:
+    raise UserError(f"cifar10 takes --source=.../{_FILE}, not {source}")
+  if source and not os.path.isfile(source):
+    raise UserError(f"--source={source} does not exist")
+  folder = os.path.dirname(os.path.abspath(source)) if source else None
+  return {
+    "make_builder": _make_builder,
+    "name": "cifar10",
+    "settings": {"builder": "tensorflow_datasets/cifar10"},
+    "source": source or f"https://www.cs.toronto.edu/~kriz/{_FILE}",
+    "download_dir": None if source else os.path.join(data_dir, "downloads"),
+    "manual_dir": folder,
+  }
+
+
+def _make_builder(data_dir: str) -> tfds.core.DatasetBuilder:
+  # This builder encodes its PNGs with TensorFlow, which must not take a GPU.
+  import tensorflow as tf
+
+  tf.config.set_visible_devices([], "GPU")
+  return tfds.builder("cifar10", data_dir=data_dir, file_format="array_record")

@@ -1,0 +1,161 @@
+"""Any folder or zip file of images, brought to one square size."""
+
+import collections
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+import dataclasses
+import os
+from typing import Any, TypeVar
+import zipfile
+
+from absl import logging
+
+from diffit_jax.data import sources, transforms
+from diffit_jax.data.builders import base
+from diffit_jax.errors import UserError
+from diffit_jax.progress import Progress
+
+T = TypeVar("T")
+R = TypeVar("R")
+# What decoding raises, and what a damaged or strange zip member does.
+_UNREADABLE = transforms.UNREADABLE + (
+  zipfile.BadZipFile,
+  NotImplementedError,
+  RuntimeError,
+)
+
+
+class ImageFolder(base.ImageBuilder, skip_registration=True):
+  """Images of a folder or a zip file, in RGB, brought to one square size."""
+
+  def __init__(
+    self,
+    *,
+    name: str,
+    data_dir: str,
+    source: sources.Source,
+    resolution: int,
+    crop: str,
+    max_bad_fraction: float = 0.01,
+  ):
+    """Plans the data set; `download_and_prepare` makes it.
+
+    Args:
+      name: of the data set.
+      data_dir: where TFDS is to write.
+      source: the images.
+      resolution: side of the prepared images.
+      crop: one of `transforms.CROPS`.
+      max_bad_fraction: share of unreadable files that is put up with.
+    """
+    self._source, self._resolution, self._crop = source, resolution, crop
+    self._max_bad_fraction = max_bad_fraction
+    super().__init__(
+      name=name,
+      data_dir=data_dir,
+      resolution=resolution,
+      channels=3,
+      class_names=source.class_names,
+    )
+
+  def examples(self) -> Iterator[dict[str, Any]]:
+    names = list(self._source.sizes)
+    notes = collections.Counter()
+    with Progress(len(names), f"preparing {self.name}", "images") as progress:
+      for name, result in zip(names, _map_ahead(self._convert, names)):
+        progress.update()
+        if isinstance(result, Exception):
+          self._skip(name, result)
+          continue
+        notes.update(result.notes)
+        # Names are bytes to the file system and need not be text.
+        text = os.fsencode(name).decode("utf-8", "backslashreplace")
+        example = {"image": result.png, "id": text}
+        if self._source.labels:
+          example["label"] = self._source.labels[name]
+        yield example
+    if len(self.skipped) == len(names):
+      raise UserError(f"no image of {self._source.path} could be read")
+    for note, count in sorted(notes.items()):
+      logging.warning("%d of %d images %s", count, len(names), note)
+
+  def _convert(self, name: str) -> "_Converted | Exception":
+    """Reads and fits one image; gives back what was wrong if it cannot."""
+    try:
+      image = transforms.open_image(self._source.read(name))
+      square = image.width == image.height
+      notes = []
+      if min(image.size) < self._resolution:
+        notes.append(f"are smaller than {self._resolution} and were enlarged")
+      if self._crop == "edm" and not square:
+        notes.append("are not square and were stretched (see --crop)")
+      if image.info["exif_orientation"] != 1:
+        notes.append("carry an EXIF rotation, which is ignored")
+      image = transforms.fit(image, self._resolution, self._crop)
+      return _Converted(transforms.encode_png(image), notes)
+    except _UNREADABLE as error:
+      return error
+
+  def _skip(self, name: str, error: Exception) -> None:
+    self.skipped.append(name)
+    logging.warning("cannot read %s, skipped: %s", name, error)
+    total = len(self._source.sizes)
+    if len(self.skipped) > self._max_bad_fraction * total:
+      raise UserError(
+        f"{len(self.skipped)} of the {total} files of {self._source.path}"
+        f" cannot be read (the last is {name!r}: {error}), more than"
+        f" --max_bad_fraction={self._max_bad_fraction:g} allows"
+      )
+
+
+def recipe(
+  source: str,
+  *,
+  name: str = "image_folder",
+  resolution: int,
+  crop: str = "center-crop",
+  max_bad_fraction: float = 0.01,
+) -> dict[str, Any]:
+  """What `preparation.prepare` needs to know to make such a data set."""
+  images = sources.open_source(source)
+  fit = {"resolution": resolution, "crop": crop}
+  return {
+    "make_builder": lambda folder: ImageFolder(
+      name=name,
+      data_dir=folder,
+      source=images,
+      max_bad_fraction=max_bad_fraction,
+      **fit,
+    ),
+    "name": name,
+    "settings": {
+      "builder": "image_folder",
+      "source_listing": images.listing_hash(),
+      **fit,
+    },
+    "source": os.path.abspath(source),
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Converted:
+  """A prepared image, and what the user should know about it."""
+
+  png: bytes
+  notes: list[str]
+
+
+def _map_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+  """`map` in threads (Pillow lets go of the lock), in order, a little ahead."""
+  num_threads = os.cpu_count() or 1
+  pool = futures.ThreadPoolExecutor(num_threads)
+  pending = collections.deque()
+  try:
+    for item in items:
+      pending.append(pool.submit(function, item))
+      if len(pending) >= 4 * num_threads:
+        yield pending.popleft().result()
+    while pending:
+      yield pending.popleft().result()
+  finally:
+    pool.shutdown(cancel_futures=True)

@@ -1,0 +1,224 @@
+"""A prepared data set on disk: where it is, what it holds, random access.
+
+A data set is a folder of TFDS, `data_dir/NAME/VERSION` (or
+`data_dir/NAME/CONFIG/VERSION`), in ArrayRecord format. Beside TFDS's own files
+lies `prepared.json`, in which `diffit_jax.prepare` says what it made from what.
+A folder counts as a data set only when it bears a version number and holds
+TFDS's `dataset_info.json`; `prepare` works elsewhere and renames last, so
+nothing half-made is ever read. No TensorFlow is imported here.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+from diffit_jax.errors import UserError
+
+METADATA_FILE = "prepared.json"
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """A prepared data set.
+
+  Attributes:
+    source: random access to the records: `len`, `[i]` and `__getitems__` give
+      {"image": encoded bytes, "label": int}; 0 where the set has no labels.
+    num_images: length of the source.
+    image_shape: (height, width, channels) of every image.
+    num_classes: labels are 0..num_classes-1; 0 where the set has no labels.
+    metadata: what `prepare` wrote down; empty for a set made by TFDS alone.
+    directory: the folder that holds the records.
+  """
+
+  source: Sequence[dict[str, Any]]
+  num_images: int
+  image_shape: tuple[int, int, int]
+  num_classes: int
+  metadata: dict[str, Any]
+  directory: str
+
+
+def default_data_dir() -> str:
+  """$TFDS_DATA_DIR, or TFDS's own default in the home directory."""
+  return os.environ.get("TFDS_DATA_DIR") or os.path.expanduser(
+    "~/tensorflow_datasets"
+  )
+
+
+def find_directory(name: str, data_dir: str | None) -> pathlib.Path | None:
+  """The newest complete version of a data set; None where there is none."""
+  root = pathlib.Path(data_dir or default_data_dir()).expanduser() / name
+  versions = [
+    path
+    for path in (root.iterdir() if root.is_dir() else ())
+    if _VERSION.fullmatch(path.name) and (path / "dataset_info.json").exists()
+  ]
+  by_number = lambda path: [int(part) for part in path.name.split(".")]
+  return max(versions, key=by_number, default=None)
+
+
+def read_metadata(directory: pathlib.Path) -> dict[str, Any]:
+  """What `prepare` wrote about a data set; empty where it did not make it."""
+  file = directory / METADATA_FILE
+  return json.loads(file.read_text()) if file.exists() else {}
+
+
+def open_dataset(
+  name: str, data_dir: str | None = None, split: str = "train"
+) -> Dataset:
+  """Opens a prepared data set.
+
+  Args:
+    name: the data set, a folder under `data_dir`: "digits", the --name of an
+      image folder, or "name/config" for TFDS sets that have configs.
+    data_dir: None stands for $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    split: a split that the set has, TFDS's slices included ("train[:90%]").
+
+  Raises:
+    UserError: missing, damaged, in another format, or without such a split.
+  """
+  directory = find_directory(name, data_dir)
+  data_dir = data_dir or default_data_dir()
+  command = prepare_command(name, data_dir)
+  if directory is None:
+    raise UserError(
+      f"no prepared data set {name!r} in {data_dir}; make it with: {command}"
+    )
+  import tensorflow_datasets as tfds  # a second to import: only when it is used
+
+  try:
+    builder = tfds.builder_from_directory(str(directory))
+    splits, features = builder.info.splits, builder.info.features
+    num_images = sum(info.num_examples for info in splits.values())
+  except Exception as error:  # whatever TFDS makes of damaged files
+    raise UserError(
+      f"data set {directory} is damaged ({error}); remake it with: {command}"
+      " --overwrite"
+    ) from error
+  if not num_images:
+    raise UserError(
+      f"data set {directory} is empty; remake it with: {command} --overwrite"
+    )
+  if builder.info.file_format.value != "array_record":
+    raise UserError(
+      f"data set {directory} is in {builder.info.file_format.value} format,"
+      f" and array_record is needed; remake it with: {command} --overwrite"
+    )
+  _check_files(directory, splits, command)
+  if "image" not in features or None in features["image"].shape:
+    raise UserError(
+      f"data set {directory} has no images of one size; prepare them with:"
+      f" {prepare_command(name, data_dir, builder='image_folder')}"
+    )
+  return _open(builder, split, directory)
+
+
+def prepare_command(
+  name: str, data_dir: str, builder: str | None = None
+) -> str:
+  """The command line that makes a data set of that name."""
+  known = ("digits", "cifar10", "ffhq64", "image_folder")
+  builder = builder or (name if name in known else "image_folder")
+  command = f"python -m diffit_jax.prepare {builder}"
+  if builder in ("ffhq64", "image_folder"):
+    command += " --source=FOLDER_OR_ZIP"
+  if builder == "image_folder":
+    command += " --resolution=SIDE"
+  if builder != name:
+    command += f" --name={name}"
+  return f"{command} --data_dir={data_dir}"
+
+
+def check_matches(
+  dataset: Dataset, resolution: int, channels: int, num_classes: int
+) -> None:
+  """Raises a UserError where a config and a data set disagree.
+
+  Args:
+    dataset: the data set.
+    resolution: pixels per side that the model works on.
+    channels: of the model's images.
+    num_classes: classes that the model is told; 0 ignores the labels.
+  """
+  height, width, depth = dataset.image_shape
+  if (height, width) != (resolution, resolution):
+    raise UserError(
+      f"the config wants {resolution}x{resolution} images, the data set"
+      f" {dataset.directory} has {height}x{width}"
+    )
+  if depth != channels:
+    raise UserError(
+      f"the config wants {channels} colour channels, the data set"
+      f" {dataset.directory} has {depth}"
+    )
+  if num_classes and num_classes != dataset.num_classes:
+    raise UserError(
+      f"the config wants {num_classes} classes, the data set"
+      f" {dataset.directory} has {dataset.num_classes or 'no labels'}"
+    )
+
+
+class _Records(Sequence):
+  """TFDS's data source, cut down to {"image", "label"}."""
+
+  def __init__(self, source: Any):
+    self._source = source
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    if not 0 <= index < len(self):
+      raise IndexError(f"record {index} of {len(self)}")
+    return self._keep(self._source[index])
+
+  def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    return [self._keep(record) for record in self._source.__getitems__(indices)]
+
+  def __repr__(self) -> str:
+    return f"_Records({self._source!r})"
+
+  def _keep(self, record: dict[str, Any]) -> dict[str, Any]:
+    return {"image": record["image"], "label": int(record.get("label", 0))}
+
+
+def _check_files(directory: pathlib.Path, splits: Any, command: str) -> None:
+  """Every file of every split is there with something in it."""
+  for split in splits.values():
+    for file in split.filepaths:
+      if not os.path.exists(file) or not os.path.getsize(file):
+        raise UserError(
+          f"data set {directory} is damaged ({file} is missing or empty);"
+          f" remake it with: {command} --overwrite"
+        )
+
+
+def _open(builder: Any, split: str, directory: pathlib.Path) -> Dataset:
+  import tensorflow_datasets as tfds
+
+  features = builder.info.features
+  try:
+    source = builder.as_data_source(
+      split=split, decoders={"image": tfds.decode.SkipDecoding()}
+    )
+  except (ValueError, KeyError) as error:
+    raise UserError(
+      f"data set {directory} has no split {split!r}: it has"
+      f" {', '.join(builder.info.splits)}"
+    ) from error
+  if not len(source):
+    raise UserError(f"split {split!r} of data set {directory} is empty")
+  return Dataset(
+    source=_Records(source),
+    num_images=len(source),
+    image_shape=tuple(features["image"].shape),
+    num_classes=features["label"].num_classes if "label" in features else 0,
+    metadata=read_metadata(directory),
+    directory=str(directory),
+  )

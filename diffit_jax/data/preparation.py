@@ -1,0 +1,200 @@
+"""Makes a data set once: exclusively, in a folder aside, renamed when done.
+
+Whatever stops it, the data directory holds either the whole data set or none
+(with `overwrite`: or the former one). The work goes on in `NAME/incomplete.x`,
+a name that no reader takes for a version, and the last act is a rename. What a
+kill leaves behind is removed by the next `prepare` of that name; a lock on the
+folder keeps two of them apart.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import fcntl
+import hashlib
+import json
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+from absl import logging
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download import download_manager
+
+from diffit_jax.data import dataset as dataset_lib
+from diffit_jax.data import transforms
+from diffit_jax.errors import UserError
+from diffit_jax.progress import Progress
+
+_STAGING_PREFIX = "incomplete."
+_FAILURES = (  # of the disk, the network, and an archive that is not the one
+  OSError,
+  RuntimeError,  # ArrayRecord's, as of a full disk
+  tfds.download.DownloadError,
+  download_manager.NonMatchingChecksumError,
+)
+_MAX_NAMES = 100  # of unreadable files, in the metadata
+
+
+def prepare(
+  make_builder: Callable[[str], tfds.core.DatasetBuilder],
+  *,
+  name: str,
+  data_dir: str,
+  settings: dict[str, Any],
+  source: str,
+  overwrite: bool = False,
+  download_dir: str | None = None,
+  manual_dir: str | None = None,
+) -> pathlib.Path:
+  """Makes the data set `data_dir/name` unless it is there already.
+
+  Args:
+    make_builder: from the data directory that TFDS is to write under, the
+      builder, in ArrayRecord format.
+    name: of the data set.
+    data_dir: where data sets live; made if missing.
+    settings: what the records depend on; a data set that is there is left alone
+      if it was made with equal ones.
+    source: what the images come from, in words, for the metadata.
+    overwrite: whether to make it anew whatever is there.
+    download_dir: where TFDS keeps downloads; None where nothing is downloaded.
+    manual_dir: where TFDS finds downloads made by hand.
+
+  Returns:
+    The folder of the data set.
+
+  Raises:
+    UserError: a data set with other settings is there, another process is at
+      work on it, the folder cannot be written, or the download fails.
+  """
+  root = pathlib.Path(data_dir).expanduser() / name
+  try:
+    with _staging(root) as staging:
+      existing = dataset_lib.find_directory(name, data_dir)
+      if existing and not overwrite:
+        _check_same(existing, settings)
+        logging.info("%s is there already and stays as it is", existing)
+        return existing
+      builder = make_builder(str(staging))
+      with contextlib.redirect_stdout(None):  # TFDS's own messages
+        tfds.disable_progress_bar()
+        builder.download_and_prepare(
+          download_dir=download_dir or staging / "downloads",
+          download_config=tfds.download.DownloadConfig(
+            manual_dir=manual_dir, try_download_gcs=False
+          ),
+        )
+      made = pathlib.Path(builder.data_dir)
+      metadata = _describe(builder, source, settings)
+      file = made / dataset_lib.METADATA_FILE
+      file.write_text(json.dumps(metadata, indent=2) + "\n")
+      target = root / made.relative_to(staging / builder.name)
+      for number, former in enumerate({target, existing or target}):
+        if former.exists():
+          former.rename(staging / f"former{number}")
+      target.parent.mkdir(parents=True, exist_ok=True)
+      made.rename(target)
+  except _FAILURES as error:
+    raise UserError(f"cannot make the data set {root}: {error}") from error
+  logging.info("%s: %d images", target, metadata["num_images"])
+  return target
+
+
+@contextlib.contextmanager
+def _staging(root: pathlib.Path) -> Iterator[pathlib.Path]:
+  """An empty folder in `root`, removed on the way out; `root` is locked."""
+  root.mkdir(parents=True, exist_ok=True)
+  try:
+    with _lock(root):
+      for stale in root.glob(f"{_STAGING_PREFIX}*"):
+        logging.info("removing what a killed prepare left: %s", stale)
+        shutil.rmtree(stale)
+      staging = tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=root)
+      try:
+        yield pathlib.Path(staging)
+      finally:
+        shutil.rmtree(staging, ignore_errors=True)
+  finally:
+    with contextlib.suppress(OSError):
+      root.rmdir()  # where nothing came of it
+
+
+@contextlib.contextmanager
+def _lock(root: pathlib.Path) -> Iterator[None]:
+  """Keeps a second `prepare` away; ends with the process, however that ends."""
+  path = root / ".lock"
+  with path.open("w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise UserError(f"another prepare is making {root} right now") from None
+    except OSError as error:
+      logging.warning("%s cannot be locked (%s): run one prepare", path, error)
+    try:
+      yield
+    finally:
+      path.unlink(missing_ok=True)
+
+
+def _check_same(existing: pathlib.Path, settings: dict[str, Any]) -> None:
+  """Raises a UserError unless `existing` was made with `settings`."""
+  metadata = dataset_lib.read_metadata(existing)
+  if not metadata:
+    raise UserError(
+      f"{existing} is there and was not made by this program; give another"
+      " --name, or --overwrite to replace it"
+    )
+  former = metadata["settings"]
+  differences = [
+    f"{key} was {former.get(key)!r}, now {settings.get(key)!r}"
+    for key in sorted(former.keys() | settings.keys())
+    if former.get(key) != settings.get(key)
+  ]
+  if differences:
+    raise UserError(
+      f"{existing} was made with other settings ({'; '.join(differences)});"
+      " give another --name, or --overwrite to replace it"
+    )
+
+
+def _describe(
+  builder: tfds.core.DatasetBuilder, source: str, settings: dict[str, Any]
+) -> dict[str, Any]:
+  """The metadata of a data set that has just been written."""
+  features, splits = builder.info.features, builder.info.splits
+  label = features["label"] if "label" in features else None
+  skipped = getattr(builder, "skipped", [])
+  return {
+    "name": builder.name,
+    "source": source,
+    "settings": settings,
+    "image_shape": list(features["image"].shape),
+    "num_images": splits["train"].num_examples,
+    "num_classes": label.num_classes if label else 0,
+    "class_names": label.names if label else [],
+    "num_skipped": len(skipped),
+    "skipped": skipped[:_MAX_NAMES],
+    "content_hash": _content_hash(builder),
+  }
+
+
+def _content_hash(builder: tfds.core.DatasetBuilder) -> str:
+  """SHA-256 of every record as written: split, id, label and pixels, in order.
+
+  Pixels, not PNG bytes: those may differ with the compression library.
+  """
+  digest = hashlib.sha256()
+  channels = builder.info.features["image"].shape[-1]
+  total = sum(split.num_examples for split in builder.info.splits.values())
+  with Progress(total, "checking", "images") as progress:
+    for split in sorted(builder.info.splits):
+      source = builder.as_data_source(
+        split=split, decoders={"image": tfds.decode.SkipDecoding()}
+      )
+      for record in source:
+        label = int(record.get("label", 0))
+        digest.update(f"{split} {record['id']!r} {label} ".encode())
+        digest.update(transforms.decode(record["image"], channels))
+        progress.update()
+  return digest.hexdigest()

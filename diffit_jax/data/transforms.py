@@ -1,0 +1,126 @@
+"""Image decoding and the two published resizing rules, in numpy and Pillow.
+
+Resizing rules (both work on RGB or gray 8-bit images):
+
+  edm          one LANCZOS resize straight to S x S, as EDM's dataset tool does
+               without a transform; an image that is already S x S stays as it
+               is. An image that is not square is stretched.
+  center-crop  the middle square of the short side first, then as `edm`; the
+               same thing for square images.
+  adm          halve with BOX while the short side is at least 2 S, resize the
+               short side to S with BICUBIC, crop the middle (ADM, DiT).
+
+TensorFlow's image operations do not reproduce either bit for bit.
+"""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+CROPS = ("edm", "center-crop", "adm")
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_PIXELS = 89_478_485  # Pillow's own line for a decompression bomb
+# What Pillow raises for bytes that are no image, or a damaged one.
+UNREADABLE = (
+  OSError,
+  SyntaxError,
+  ValueError,
+  EOFError,
+  MemoryError,
+  struct.error,
+  zlib.error,
+  Image.DecompressionBombError,
+)
+
+
+def open_image(data: bytes, channels: int = 3) -> Image.Image:
+  """Decodes a PNG, JPEG or WebP file to 8-bit RGB or gray.
+
+  Palette, gray and CMYK images are converted, 16-bit gray keeps its high byte.
+  CHOICE: alpha is dropped and an EXIF rotation ignored, as ADM and EDM do, so
+  that statistics of the images compare with theirs.
+
+  Args:
+    data: the file.
+    channels: 3 for RGB, 1 for gray.
+
+  Raises:
+    One of `UNREADABLE`: no such image, damaged, or above `MAX_PIXELS`.
+  """
+  try:
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+  except UnidentifiedImageError:
+    raise ValueError("no PNG, JPEG or WebP image") from None
+  if image.width * image.height > MAX_PIXELS:
+    raise ValueError(f"{image.width}x{image.height} pixels are too many")
+  image.load()
+  exif_orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+  if image.mode.startswith("I"):  # 16 bits: convert() would clip, not scale
+    high_byte = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
+    image = Image.fromarray(high_byte)
+  image = image.convert("RGB" if channels == 3 else "L")
+  image.info = {"exif_orientation": exif_orientation}
+  return image
+
+
+def decode(data: bytes, channels: int) -> np.ndarray:
+  """Encoded image -> [h, w, channels] uint8; the hot path of the pipeline."""
+  image = Image.open(io.BytesIO(data), formats=FORMATS)
+  image = image.convert("RGB" if channels == 3 else "L")
+  return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+def encode_png(image: Image.Image | np.ndarray) -> bytes:
+  """8-bit image, as Pillow or [h, w, 1 or 3] uint8, -> a PNG file."""
+  if isinstance(image, np.ndarray):
+    image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+  file = io.BytesIO()
+  image.save(file, format="PNG")
+  return file.getvalue()
+
+
+def resize_edm(image: Image.Image, resolution: int) -> Image.Image:
+  """One LANCZOS resize to `resolution` x `resolution` (EDM's dataset tool)."""
+  if image.size == (resolution, resolution):
+    return image
+  return image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+
+
+def center_square(image: Image.Image) -> Image.Image:
+  """The middle square of the short side (EDM's `center-crop`)."""
+  width, height = image.size
+  side = min(width, height)
+  left, top = (width - side) // 2, (height - side) // 2
+  return image.crop((left, top, left + side, top + side))
+
+
+def center_crop_adm(image: Image.Image, resolution: int) -> Image.Image:
+  """ADM's centre crop to `resolution` x `resolution`."""
+  while min(image.size) >= 2 * resolution:
+    size = tuple(side // 2 for side in image.size)
+    image = image.resize(size, Image.Resampling.BOX)
+  scale = resolution / min(image.size)
+  size = tuple(round(side * scale) for side in image.size)
+  image = image.resize(size, Image.Resampling.BICUBIC)
+  left, top = ((side - resolution) // 2 for side in image.size)
+  return image.crop((left, top, left + resolution, top + resolution))
+
+
+def fit(image: Image.Image, resolution: int, crop: str) -> Image.Image:
+  """Brings an image to `resolution` x `resolution` by one of `CROPS`."""
+  if crop == "adm":
+    return center_crop_adm(image, resolution)
+  if crop == "center-crop":
+    image = center_square(image)
+  return resize_edm(image, resolution)
+
+
+def flip(image: np.ndarray) -> np.ndarray:
+  """Mirrors [..., h, w, c] left to right."""
+  return image[..., ::-1, :]
+
+
+_EXIF_ORIENTATION = 0x0112

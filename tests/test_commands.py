@@ -1,0 +1,231 @@
+"""The README's commands in their debug form, and what users get wrong."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import commands
+import numpy as np
+from PIL import Image
+import pytest
+
+from configs import digits
+
+DEBUG = "--config=configs/digits.py:debug"
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, data_dir):
+  """A finished debug run of `main`."""
+  folder = tmp_path_factory.mktemp("commands") / "run"
+  commands.succeed(f"main {DEBUG} --workdir={folder} --data_dir={data_dir}")
+  return folder
+
+
+def test_training_writes_what_it_says(workdir):
+  assert json.loads((workdir / "config.json").read_text())["batch_size"] == 16
+  assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == [
+    "2",
+    "4",
+  ]
+  assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+  grid = Image.open(workdir / "samples" / "samples_edm_00000004.png")
+  assert min(grid.size) > 100
+
+
+def test_tensorboard_holds_the_metrics(workdir):
+  from tensorboard.backend.event_processing import event_accumulator
+
+  events = event_accumulator.EventAccumulator(str(workdir / "tensorboard"))
+  events.Reload()
+  assert set(events.Tags()["tensors"]) >= {
+      "loss", "learning_rate", "grad_norm", "param_norm", "ema_decay/edm",
+      "images_per_second", "seconds_per_step", "samples_edm",
+  }  # fmt: skip
+  assert [e.step for e in events.Tensors("loss")] == [2, 4]
+
+
+def test_sample_export_and_sample_again(workdir, tmp_path):
+  out = commands.succeed(
+    f"sample --workdir={workdir} --out={tmp_path}/a --num=6 --seed=3"
+    " --labels=0-9 --steps=2"
+  )
+  assert f"{tmp_path}/a/grid.png" in out
+  file = tmp_path / "digits.safetensors"
+  commands.succeed(f"export --workdir={workdir} --out={file}")
+  commands.succeed(
+    f"sample --checkpoint={file} --out={tmp_path}/b --num=6 --seed=3"
+    " --labels=0-9 --steps=2"
+  )
+  name = "samples_6x8x8x3.npz"
+  first, second = (
+    np.load(tmp_path / folder / name, allow_pickle=False) for folder in "ab"
+  )
+  np.testing.assert_array_equal(first["arr_0"], second["arr_0"])
+  assert first["arr_1"].tolist() == list(range(6))
+
+
+def test_raw_parameters_differ_from_the_average(workdir, tmp_path):
+  for ema in ("edm", "none"):
+    commands.succeed(
+      f"sample --workdir={workdir} --out={tmp_path}/{ema} --num=1"
+      f" --ema={ema} --steps=2"
+    )
+  read = lambda ema: json.loads((tmp_path / ema / "sampling.json").read_text())
+  assert read("edm")["weights_sha256"] != read("none")["weights_sha256"]
+
+
+def test_dry_run_needs_no_data(tmp_path):
+  out = commands.succeed(
+    f"main {DEBUG} --dry_run --data_dir={tmp_path}/none", TFDS_DATA_DIR=""
+  )
+  for text in ("parameters:          14,213", "MACs per image", "MiB state"):
+    assert text in out
+
+
+def test_demo_in_its_debug_form(tmp_path):
+  """Twice: the second one samples the finished run."""
+  options = f"--variant=debug --workdir={tmp_path}/runs/digits"
+  first = commands.succeed(f"demo {options}", TFDS_DATA_DIR="")
+  report = json.loads((tmp_path / "runs/digits/demo.json").read_text())
+  assert report["num_samples"] == 500 and report["train_steps"] == 4
+  assert report["recognised_real"] > 0.95
+  assert os.path.exists(report["grid"])
+  lines = first.strip().splitlines()
+  assert lines[-2] == f"grid: {report['grid']}"
+  assert re.fullmatch(r"recognised: 0\.\d+ of 500 .*", lines[-1])
+  assert "already trained: 4 steps" in commands.succeed(f"demo {options}")
+
+
+def test_demo_score_is_honest():
+  """Real digits score high, shuffled labels and noise like chance."""
+  from sklearn import datasets
+
+  from diffit_jax import demo
+
+  real = datasets.load_digits()
+  images = np.round(real.images[:500] * (255 / 16)).astype(np.uint8)
+  images = np.repeat(images[..., None], 3, axis=-1)
+  recognised, held_out = demo.score(images, real.target[:500])
+  assert recognised > 0.97 and 0.97 < held_out < 1
+  shifted, _ = demo.score(images, (real.target[:500] + 1) % 10)
+  assert shifted < 0.03
+  noise = np.random.default_rng(0).integers(0, 256, images.shape, np.uint8)
+  assert demo.score(noise, real.target[:500])[0] < 0.3
+
+
+def test_sigterm_saves_and_asks_to_be_started_again(tmp_path, data_dir):
+  command = (
+    f"main {DEBUG} --workdir={tmp_path}/run --data_dir={data_dir}"
+    " --config.total_steps=1000000 --config.save_every_steps=1000000"
+    " --config.sample_every_steps=0"
+  )
+  process = commands.start(command)
+  events = tmp_path / "run" / "tensorboard"
+  deadline = time.monotonic() + 200
+  while not list(events.glob("events*")) and time.monotonic() < deadline:
+    time.sleep(0.2)
+  time.sleep(1)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=200)
+  assert process.returncode == 75, err[-3000:]
+  steps = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+  assert len(steps) == 1
+  done = f"{command} --config.total_steps={steps[0] + 1}"
+  assert f"resuming at step {steps[0]}" in commands.run(done).stderr
+
+
+@pytest.mark.parametrize(
+  "command, message",
+  [
+    ("main", "--config is missing"),
+    ("main --config=configs/none.py", "not found.*configs/none.py"),
+    (f"main {DEBUG} --config.foo=1", "no field 'foo', only .*'batch_size'"),
+    (f"main {DEBUG} --config.model.x=1", "no field 'x', only .*window_size"),
+    (f"main {DEBUG} --config.batch_size=a", "batch_size=a.*invalid literal"),
+    ("main --config=configs/digits.py:debg", "'debg'.*valid are window=4"),
+    ("main --config=configs/cifar10.py:window=3", "use window=4|2|8"),
+    (f"main {DEBUG} --data_dir=nowhere", "diffit_jax.prepare digits"),
+    (f"main {DEBUG} extra", "unexpected argument 'extra'"),
+    ("sample --out=x", "exactly one of --workdir=... or --checkpoint="),
+    ("sample --workdir=nowhere --out=x", "nowhere holds no run"),
+    ("sample --checkpoint=no.safetensors --out=x", "is not there"),
+    ("sample --checkpoint=a --out=x --num=0", "num"),
+    ("export --workdir=nowhere --out=a.safetensors", "holds no run"),
+  ],
+)
+def test_wrong_input_ends_in_one_clear_line(command, message, tmp_path):
+  config = f"{commands.ROOT}/configs"
+  command = command.replace("=configs", f"={config}")
+  line = commands.last_error(command, cwd=tmp_path, PYTHONPATH=commands.ROOT)
+  assert re.search(message, line), line
+  assert not list(tmp_path.iterdir())
+
+
+def test_wrong_sampling_input(workdir, tmp_path):
+  for options, message in (
+    ("--labels=12", "beyond the model's classes 0..9"),
+    ("--solver=euler", "solver 'euler' is unknown; allowed: edm_heun"),
+    ("--steps=0", "steps=0"),
+    ("--ema=swa", r"ema='swa': this run has \['edm'\]"),
+  ):
+    line = commands.last_error(
+      f"sample --workdir={workdir} --out={tmp_path}/x {options}"
+    )
+    assert re.search(message, line), line
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_full_disk_keeps_the_older_checkpoint(tmp_path, data_dir):
+  """A limit on file sizes stands for the disk: writes fail from then on."""
+  common = (
+    f"{DEBUG} --workdir={tmp_path}/run --data_dir={data_dir}"
+    " --config.sample_every_steps=0 --config.keep_checkpoints=9"
+  )
+  commands.succeed(f"main {common} --config.total_steps=2")
+  script = tmp_path / "limited.py"
+  script.write_text(
+    "import resource, runpy, signal, sys\n"
+    "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+    "sys.argv = ['main', *sys.argv[1:]]\n"
+    "runpy.run_module('diffit_jax.main', run_name='__main__')\n"
+  )
+  done = subprocess.run(
+    [sys.executable, str(script), *common.split()],
+    cwd=commands.ROOT,
+    env={**os.environ, "XLA_FLAGS": ""},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 1, done.stderr[-3000:]
+  line = done.stderr.strip().splitlines()[-1]
+  assert re.search("error: saving .*checkpoint.* failed.*older", line), line
+  path = pathlib.Path(tmp_path) / "run" / "checkpoints"
+  assert [p.name for p in path.iterdir() if p.name.isdigit()] == ["2"]
+  err = commands.run(f"main {common}").stderr
+  assert "resuming at step 2" in err
+
+
+def test_the_configs_build_and_have_the_papers_sizes():
+  import jax
+
+  from configs import cifar10, ffhq64
+  from diffit_jax.training import program as program_lib
+
+  for config, expected in (
+    (ffhq64.get_config(), 44_789_603),
+    (ffhq64.get_config("blocks=1-2-2-2"), 23_789_231),
+    (cifar10.get_config(), 15_871_011),
+    (cifar10.get_config("blocks=4"), 28_682_819),
+    (cifar10.get_config("blocks=4,width=2-2-2"), 39_352_531),
+    (digits.get_config(), 253_705),
+  ):
+    params = program_lib.build(config).abstract.params
+    assert sum(x.size for x in jax.tree.leaves(params)) == expected
