@@ -93,11 +93,11 @@ def main(_) -> None:
     )
     rows.append(json.loads(done.stdout.splitlines()[-1]))
   print(
-    f"batch {_BATCH.value}, median of {_TURNS.value} turns, {rows[0]['machine']}"
+    f"batch {_BATCH.value}, median of {_TURNS.value} turns,"
+    f" {rows[0]['machine']}"
   )
-  print(
-    "| config | parameters | forward s/image | step s/image | ratio | peak GiB |"
-  )
+  columns = ["config", "parameters", "forward s/image", "step s/image"]
+  print(f"| {' | '.join([*columns, 'step/forward', 'peak GiB'])} |")
   print("|---|---|---|---|---|---|")
   for row in rows:
     print(

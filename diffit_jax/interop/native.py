@@ -35,7 +35,7 @@ def save(
   if path.suffix != ".safetensors":
     raise UserError(f"{path}: the file's name must end in .safetensors")
   flat = traverse_util.flatten_dict(dict(params), sep="/")
-  tensors = {name: np.asarray(array) for name, array in flat.items()}
+  tensors = {n: np.ascontiguousarray(array) for n, array in flat.items()}
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(path.name + ".partial")
   try:

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
 from diffit_jax.models.image import ImageDiffiT
+from diffit_jax.models.latent import LatentDiffiT
 
-__all__ = ["ImageDiffiT", "make_model"]
+__all__ = ["ImageDiffiT", "LatentDiffiT", "make_model"]
 
-_MODELS = {"image_diffit": ImageDiffiT}
+_MODELS = {"image_diffit": ImageDiffiT, "latent_diffit": LatentDiffiT}
 
 
 def make_model(config: Mapping) -> nn.Module:

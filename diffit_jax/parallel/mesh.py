@@ -12,7 +12,7 @@ AXES = ("data", "fsdp")
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = None
+  data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = None
 ) -> Mesh:
   """A mesh over all devices of all processes.
 
@@ -32,8 +32,8 @@ def make_mesh(
     sizes[sizes.index(-1)] = len(devices) // max(known, 1)
   if min(sizes) < 1 or math.prod(sizes) != len(devices):
     raise UserError(
-        f"mesh.data={data} x mesh.fsdp={fsdp} does not make {len(devices)}"
-        " devices: the product must be their number, and one may be -1"
+      f"mesh.data={data} x mesh.fsdp={fsdp} does not make {len(devices)}"
+      " devices: the product must be their number, and one may be -1"
     )
   return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
@@ -52,8 +52,8 @@ def check_batch(mesh: Mesh, batch_size: int, field: str) -> None:
   """Refuses a global batch that the devices cannot share equally."""
   if batch_size < 1 or batch_size % mesh.size:
     raise UserError(
-        f"{field}={batch_size} cannot be divided over {mesh.size} devices:"
-        f" use a multiple of {mesh.size}"
+      f"{field}={batch_size} cannot be divided over {mesh.size} devices:"
+      f" use a multiple of {mesh.size}"
     )
 
 
@@ -61,6 +61,6 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   """Copies this process's part of a batch to its devices, without waiting."""
   sharding = batch_sharding(mesh)
   return {
-      name: jax.make_array_from_process_local_data(sharding, array)
-      for name, array in batch.items()
+    name: jax.make_array_from_process_local_data(sharding, array)
+    for name, array in batch.items()
   }

@@ -21,14 +21,14 @@ def tree_sharding(mesh: Mesh, tree):
   """
   fsdp = mesh.shape["fsdp"]
   return jax.tree.map(
-      lambda leaf: NamedSharding(mesh, parameter_spec(leaf.shape, fsdp)), tree
+    lambda leaf: NamedSharding(mesh, parameter_spec(leaf.shape, fsdp)), tree
   )
 
 
 def with_sharding(abstract, sharding):
   """Abstract arrays that carry their sharding, as Orbax restores into."""
   return jax.tree.map(
-      lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-      abstract,
-      sharding,
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+    abstract,
+    sharding,
   )

@@ -16,26 +16,26 @@ from diffit_jax.errors import UserError
 from diffit_jax.interop import diffusers
 
 GOLDEN_SIZES = {
-    "block_out_channels": [8, 16],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "latent_channels": 4,
+  "block_out_channels": [8, 16],
+  "layers_per_block": 1,
+  "norm_num_groups": 4,
+  "latent_channels": 4,
 }
 THREE_LEVELS = {
-    "block_out_channels": [4, 8, 8],  # changes width once, keeps it once
-    "layers_per_block": 2,
-    "norm_num_groups": 2,
-    "latent_channels": 3,
+  "block_out_channels": [4, 8, 8],  # changes width once, keeps it once
+  "layers_per_block": 2,
+  "norm_num_groups": 2,
+  "latent_channels": 3,
 }
 
 
 def fill(sizes):
   """Tensors in the file's layout: hfill, and 1 + hfill for norm scales."""
   module = AutoencoderKL(
-      **{**sizes, "block_out_channels": tuple(sizes["block_out_channels"])}
+    **{**sizes, "block_out_channels": tuple(sizes["block_out_channels"])}
   )
   shapes = jax.tree_util.tree_leaves_with_path(
-      autoencoder.abstract_params(module)
+    autoencoder.abstract_params(module)
   )
   tensors = {}
   for path, leaf in shapes:
@@ -50,8 +50,8 @@ def write(directory, sizes, tensors=None, **config):
   directory.mkdir(exist_ok=True)
   (directory / "config.json").write_text(json.dumps({**sizes, **config}))
   save_file(
-      tensors or fill(sizes),
-      directory / "diffusion_pytorch_model.safetensors",
+    tensors or fill(sizes),
+    directory / "diffusion_pytorch_model.safetensors",
   )
   return directory
 
@@ -86,7 +86,7 @@ def np_conv(w, name, x, stride=1, pad=((1, 1), (1, 1))):
   for i in range(k):
     for j in range(k):
       window = x[
-          :, :, i : i + stride * rows : stride, j : j + stride * cols : stride
+        :, :, i : i + stride * rows : stride, j : j + stride * cols : stride
       ]
       out += np.einsum("bihw,oi->bohw", window, kernel[:, :, i, j])
   return out
@@ -98,7 +98,7 @@ def np_norm(w, name, x, groups):
   variance = ((parts - mean) ** 2).mean(-1, keepdims=True)
   x = ((parts - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape)
   return (
-      x * w[f"{name}.weight"][:, None, None] + w[f"{name}.bias"][:, None, None]
+    x * w[f"{name}.weight"][:, None, None] + w[f"{name}.bias"][:, None, None]
   )
 
 
@@ -122,7 +122,7 @@ def np_mid(w, name, x, groups):
   tokens = np_norm(w, f"{attention}.group_norm", x, groups)
   tokens = tokens.reshape(*x.shape[:2], -1).transpose(0, 2, 1)
   linear = lambda part, t: (
-      t @ w[f"{attention}.{part}.weight"].T + w[f"{attention}.{part}.bias"]
+    t @ w[f"{attention}.{part}.weight"].T + w[f"{attention}.{part}.bias"]
   )
   q, k, v = (linear(part, tokens) for part in ("to_q", "to_k", "to_v"))
   weights = np.exp(q @ k.transpose(0, 2, 1) / np.sqrt(x.shape[1]))
@@ -185,12 +185,14 @@ def test_golden_encode(vae):
   assert mean.sum() == pytest.approx(2.85671556, abs=1e-5)
   assert np.abs(mean).sum() == pytest.approx(12.13417579, abs=1e-5)
   np.testing.assert_allclose(
-      mean[0, 0, 0], [0.13420272, 0.41223004, 0.092861863, 0.060785659],
-      atol=1e-6,
+    mean[0, 0, 0],
+    [0.13420272, 0.41223004, 0.092861863, 0.060785659],
+    atol=1e-6,
   )
   np.testing.assert_allclose(
-      logvar[0, 0, 0], [0.019175482, -0.11343588, -0.50736937, -0.052664027],
-      atol=1e-6,
+    logvar[0, 0, 0],
+    [0.019175482, -0.11343588, -0.50736937, -0.052664027],
+    atol=1e-6,
   )
 
 
@@ -200,8 +202,9 @@ def test_golden_decode(vae):
   assert image.sum() == pytest.approx(28.96192913, abs=3e-5)
   assert np.abs(image).sum() == pytest.approx(92.65477045, abs=3e-5)
   np.testing.assert_allclose(
-      image[0, 0, 0, :4], [-0.20293301, 0.43689074, 0.32572135, 0.28462831],
-      atol=1e-6,
+    image[0, 0, 0, :4],
+    [-0.20293301, 0.43689074, 0.32572135, 0.28462831],
+    atol=1e-6,
   )
 
 
@@ -211,7 +214,7 @@ def test_three_levels_against_float64(tmp_path):
   w = {name: array.astype(np.float64) for name, array in tensors.items()}
   x = images(2, 16, 8)
   for found, wanted in zip(
-      vae.encode(x), np_encode(w, THREE_LEVELS, nchw(x).astype(np.float64))
+    vae.encode(x), np_encode(w, THREE_LEVELS, nchw(x).astype(np.float64))
   ):
     assert found.shape == (2, 4, 2, 3)
     assert relative_error(nchw(found), wanted) < 1e-5
@@ -235,14 +238,14 @@ def test_logvar_is_clamped_and_mean_is_not(tmp_path, bias, limit):
 def test_parameter_counts_of_the_sd_vae():
   # facts §8
   counts = {
-      name: sum(leaf.size for leaf in jax.tree.leaves(part))
-      for name, part in autoencoder.abstract_params(AutoencoderKL()).items()
+    name: sum(leaf.size for leaf in jax.tree.leaves(part))
+    for name, part in autoencoder.abstract_params(AutoencoderKL()).items()
   }
   assert counts == {
-      "encoder": 34_163_592,
-      "decoder": 49_490_179,
-      "quant_conv": 72,
-      "post_quant_conv": 20,
+    "encoder": 34_163_592,
+    "decoder": 49_490_179,
+    "quant_conv": 72,
+    "post_quant_conv": 20,
   }
   assert sum(counts.values()) == 83_653_863
 
@@ -252,12 +255,12 @@ def test_shapes_of_the_sd_vae():
   params = {"params": autoencoder.abstract_params(module)}
   image = jax.ShapeDtypeStruct((2, 256, 512, 3), jnp.bfloat16)
   mean, logvar = jax.eval_shape(
-      lambda p, x: module.apply(p, x, method="encode"), params, image
+    lambda p, x: module.apply(p, x, method="encode"), params, image
   )
   assert mean.shape == logvar.shape == (2, 32, 64, 4)
   assert mean.dtype == logvar.dtype == jnp.float32
   decoded = jax.eval_shape(
-      lambda p, z: module.apply(p, z, method="decode"), params, mean
+    lambda p, z: module.apply(p, z, method="decode"), params, mean
   )
   assert (decoded.shape, decoded.dtype) == ((2, 256, 512, 3), jnp.float32)
 
@@ -315,7 +318,7 @@ def test_inside_another_jit(vae):
   wanted = vae.decode(vae.encode(x)[0])
   np.testing.assert_allclose(reconstruct(vae.params, x), wanted, atol=1e-5)
   np.testing.assert_allclose(
-      jax.jit(lambda x: vae.decode(vae.encode(x)[0]))(x), wanted, atol=1e-5
+    jax.jit(lambda x: vae.decode(vae.encode(x)[0]))(x), wanted, atol=1e-5
   )
 
 
@@ -333,14 +336,14 @@ def test_scaling_factor_from_the_config(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shape, message",
-    [
-        ((1, 8, 8, 4), r"images of shape \(1, 8, 8, 4\).*\[b, h, w, 3\]"),
-        ((8, 8, 3), r"images of shape \(8, 8, 3\)"),
-        ((1, 3, 8, 8), r"images of shape \(1, 3, 8, 8\)"),
-        ((1, 8, 7, 3), "8x7 pixels do not fit.*multiples of 2"),
-        ((1, 0, 8, 3), "0x8 pixels do not fit"),
-    ],
+  "shape, message",
+  [
+    ((1, 8, 8, 4), r"images of shape \(1, 8, 8, 4\).*\[b, h, w, 3\]"),
+    ((8, 8, 3), r"images of shape \(8, 8, 3\)"),
+    ((1, 3, 8, 8), r"images of shape \(1, 3, 8, 8\)"),
+    ((1, 8, 7, 3), "8x7 pixels do not fit.*multiples of 2"),
+    ((1, 0, 8, 3), "0x8 pixels do not fit"),
+  ],
 )
 def test_images_that_do_not_fit(vae, shape, message):
   x = np.zeros(shape, np.float32)

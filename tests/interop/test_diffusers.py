@@ -15,18 +15,18 @@ from diffit_jax.errors import UserError
 from diffit_jax.interop import diffusers
 
 SD_CONFIG = {
-    "_class_name": "AutoencoderKL",
-    "_diffusers_version": "0.4.2",
-    "act_fn": "silu",
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "in_channels": 3,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "out_channels": 3,
-    "sample_size": 256,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
+  "_class_name": "AutoencoderKL",
+  "_diffusers_version": "0.4.2",
+  "act_fn": "silu",
+  "block_out_channels": [128, 256, 512, 512],
+  "down_block_types": ["DownEncoderBlock2D"] * 4,
+  "in_channels": 3,
+  "latent_channels": 4,
+  "layers_per_block": 2,
+  "norm_num_groups": 32,
+  "out_channels": 3,
+  "sample_size": 256,
+  "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
 WIDTHS = (4, 8)
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value"}
@@ -83,11 +83,10 @@ def expected_shapes(widths, layers, latent):
 def fill(shapes):
   """The goldens' tensors: hfill, and 1 + hfill for the norms' scales."""
   return {
-      name: (
-          hfill(name, shape, 0.2)
-          + (len(shape) == 1 and name.endswith("weight"))
-      ).astype(np.float32)
-      for name, shape in shapes.items()
+    name: (
+      hfill(name, shape, 0.2) + (len(shape) == 1 and name.endswith("weight"))
+    ).astype(np.float32)
+    for name, shape in shapes.items()
   }
 
 
@@ -105,7 +104,7 @@ def with_old_names(tensors, as_convolutions=False):
 
 def module():
   return AutoencoderKL(
-      block_out_channels=WIDTHS, layers_per_block=1, norm_num_groups=2
+    block_out_channels=WIDTHS, layers_per_block=1, norm_num_groups=2
   )
 
 
@@ -126,8 +125,8 @@ def write_config(tmp_path, **changes):
 
 def leaves(tree):
   return {
-      diffusers.tensor_name(path): leaf
-      for path, leaf in traverse_util.flatten_dict(tree).items()
+    diffusers.tensor_name(path): leaf
+    for path, leaf in traverse_util.flatten_dict(tree).items()
   }
 
 
@@ -136,16 +135,16 @@ def test_layouts_are_transposed(tmp_path):
   params = read(tmp_path / "w.safetensors", contents)
   encoder = params["encoder"]
   np.testing.assert_array_equal(
-      encoder["conv_in"]["kernel"][0, 2, 1, 3],
-      contents["encoder.conv_in.weight"][3, 1, 0, 2],
+    encoder["conv_in"]["kernel"][0, 2, 1, 3],
+    contents["encoder.conv_in.weight"][3, 1, 0, 2],
   )
   np.testing.assert_array_equal(
-      encoder["mid_block"]["attentions_0"]["to_k"]["kernel"],
-      contents["encoder.mid_block.attentions.0.to_k.weight"].T,
+    encoder["mid_block"]["attentions_0"]["to_k"]["kernel"],
+    contents["encoder.mid_block.attentions.0.to_k.weight"].T,
   )
   np.testing.assert_array_equal(
-      params["decoder"]["up_blocks_0"]["resnets_1"]["norm2"]["scale"],
-      contents["decoder.up_blocks.0.resnets.1.norm2.weight"],
+    params["decoder"]["up_blocks_0"]["resnets_1"]["norm2"]["scale"],
+    contents["decoder.up_blocks.0.resnets.1.norm2.weight"],
   )
 
 
@@ -173,7 +172,7 @@ def test_half_precision_files_become_float32(tmp_path, dtype):
   ours = leaves(read(tmp_path / "w.safetensors", half))
   assert {leaf.dtype for leaf in ours.values()} == {np.dtype(np.float32)}
   np.testing.assert_array_equal(
-      ours["quant_conv.bias"], half["quant_conv.bias"].astype(np.float32)
+    ours["quant_conv.bias"], half["quant_conv.bias"].astype(np.float32)
   )
 
 
@@ -188,14 +187,14 @@ def test_every_missing_extra_and_misshapen_tensor_is_listed(tmp_path):
   with pytest.raises(UserError) as error:
     read(tmp_path / "w.safetensors", contents)
   for text in (
-      "w.safetensors does not fit its config.json",
-      "missing encoder.mid_block.attentions.0.to_q.weight",
-      "missing quant_conv.bias",
-      "unknown decoder.up_blocks.7.odd",
-      "encoder.conv_in.weight is (4, 5, 3, 3) instead of (4, 3, 3, 3)",
-      "decoder.conv_in.bias is of type I32",
-      "twice, as decoder.mid_block.attentions.0.key.bias and"
-      " decoder.mid_block.attentions.0.to_k.bias",
+    "w.safetensors does not fit its config.json",
+    "missing encoder.mid_block.attentions.0.to_q.weight",
+    "missing quant_conv.bias",
+    "unknown decoder.up_blocks.7.odd",
+    "encoder.conv_in.weight is (4, 5, 3, 3) instead of (4, 3, 3, 3)",
+    "decoder.conv_in.bias is of type I32",
+    "twice, as decoder.mid_block.attentions.0.key.bias and"
+    " decoder.mid_block.attentions.0.to_k.bias",
   ):
     assert text in str(error.value)
   assert "\n" not in str(error.value)
@@ -225,7 +224,7 @@ def test_truncated_files_are_refused(tmp_path, keep):
 
 def test_sd_config_without_scaling_factor(tmp_path):
   sizes, scaling_factor = diffusers.read_autoencoder_config(
-      write_config(tmp_path)
+    write_config(tmp_path)
   )
   assert AutoencoderKL(**sizes) == AutoencoderKL()
   assert scaling_factor == 0.18215
@@ -233,40 +232,40 @@ def test_sd_config_without_scaling_factor(tmp_path):
 
 def test_newer_config(tmp_path):
   path = write_config(
-      tmp_path,
-      scaling_factor=0.5,
-      force_upcast=True,
-      latents_mean=None,
-      shift_factor=None,
-      use_quant_conv=True,
-      use_post_quant_conv=True,
-      mid_block_add_attention=True,
-      some_future_field=None,
+    tmp_path,
+    scaling_factor=0.5,
+    force_upcast=True,
+    latents_mean=None,
+    shift_factor=None,
+    use_quant_conv=True,
+    use_post_quant_conv=True,
+    mid_block_add_attention=True,
+    some_future_field=None,
   )
   assert diffusers.read_autoencoder_config(path)[1] == 0.5
 
 
 @pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"act_fn": "relu"}, "act_fn='relu' is not supported, only 'silu'"),
-        ({"_class_name": "VQModel"}, "_class_name='VQModel' is not supported"),
-        ({"shift_factor": 0.1}, "shift_factor=0.1 is not supported"),
-        ({"use_quant_conv": False}, "use_quant_conv=False is not supported"),
-        ({"mid_block_add_attention": False}, "mid_block_add_attention=False"),
-        ({"latents_mean": [0.0] * 4}, "latents_mean="),
-        ({"up_block_types": ["UpBlock2D"] * 4}, "up_block_types=.*4 times"),
-        ({"down_block_types": ["DownEncoderBlock2D"]}, "down_block_types="),
-        ({"norm_type": "spatial"}, "norm_type='spatial' is not a known field"),
-        ({"latent_channels": 0}, "latent_channels=0 must be a positive whole"),
-        ({"layers_per_block": "2"}, "layers_per_block='2' must be a positive"),
-        ({"in_channels": True}, "in_channels=True must be a positive whole"),
-        ({"block_out_channels": []}, r"block_out_channels=\[\] must be a list"),
-        ({"block_out_channels": [128, 256.0]}, "block_out_channels=256.0"),
-        ({"norm_num_groups": 48}, "norm_num_groups=48 must divide"),
-        ({"scaling_factor": -1}, "scaling_factor=-1 must be a positive"),
-        ({"scaling_factor": None}, "scaling_factor=None must be a positive"),
-    ],
+  "changes, message",
+  [
+    ({"act_fn": "relu"}, "act_fn='relu' is not supported, only 'silu'"),
+    ({"_class_name": "VQModel"}, "_class_name='VQModel' is not supported"),
+    ({"shift_factor": 0.1}, "shift_factor=0.1 is not supported"),
+    ({"use_quant_conv": False}, "use_quant_conv=False is not supported"),
+    ({"mid_block_add_attention": False}, "mid_block_add_attention=False"),
+    ({"latents_mean": [0.0] * 4}, "latents_mean="),
+    ({"up_block_types": ["UpBlock2D"] * 4}, "up_block_types=.*4 times"),
+    ({"down_block_types": ["DownEncoderBlock2D"]}, "down_block_types="),
+    ({"norm_type": "spatial"}, "norm_type='spatial' is not a known field"),
+    ({"latent_channels": 0}, "latent_channels=0 must be a positive whole"),
+    ({"layers_per_block": "2"}, "layers_per_block='2' must be a positive"),
+    ({"in_channels": True}, "in_channels=True must be a positive whole"),
+    ({"block_out_channels": []}, r"block_out_channels=\[\] must be a list"),
+    ({"block_out_channels": [128, 256.0]}, "block_out_channels=256.0"),
+    ({"norm_num_groups": 48}, "norm_num_groups=48 must divide"),
+    ({"scaling_factor": -1}, "scaling_factor=-1 must be a positive"),
+    ({"scaling_factor": None}, "scaling_factor=None must be a positive"),
+  ],
 )
 def test_other_networks_are_refused(tmp_path, changes, message):
   with pytest.raises(UserError, match=message):
@@ -274,12 +273,12 @@ def test_other_networks_are_refused(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize(
-    "text, message",
-    [
-        ("{", "not a readable JSON file"),
-        ("[]", "not the config of an AutoencoderKL"),
-        ("{}", "no block_out_channels"),
-    ],
+  "text, message",
+  [
+    ("{", "not a readable JSON file"),
+    ("[]", "not the config of an AutoencoderKL"),
+    ("{}", "no block_out_channels"),
+  ],
 )
 def test_files_that_are_no_config(tmp_path, text, message):
   path = tmp_path / "config.json"
