@@ -9,11 +9,11 @@ import subprocess
 import sys
 import time
 
-import commands
 import numpy as np
 from PIL import Image
 import pytest
 
+import commands
 from configs import digits
 
 DEBUG = "--config=configs/digits.py:debug"

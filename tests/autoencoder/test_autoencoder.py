@@ -3,7 +3,6 @@
 import hashlib
 import json
 
-from goldens import hfill
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,7 @@ from diffit_jax import autoencoder
 from diffit_jax.autoencoder import AutoencoderKL, load_autoencoder
 from diffit_jax.errors import UserError
 from diffit_jax.interop import diffusers
+from goldens import hfill
 
 GOLDEN_SIZES = {
   "block_out_channels": [8, 16],

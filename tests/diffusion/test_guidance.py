@@ -156,3 +156,75 @@ def test_guided_runs_single_rows_at_scale_one():
 def test_guided_without_labels():
   with pytest.raises(UserError, match="scale=2.0 needs labels"):
     guidance.guided(network, None, 10, scale=2.0)
+
+
+# --- an interval of noise levels, and what may be skipped --------------------
+
+
+@pytest.mark.parametrize("schedule", guidance.SCHEDULES)
+def test_interval_has_its_ends_and_no_more(schedule):
+  t = jnp.array([99, 100, 400, 700, 701])
+  cfg = dict(scale=3.0, schedule=schedule)
+  s = guidance.guidance_scale(t, **cfg, interval=(100, 700))
+  np.testing.assert_array_equal(s[jnp.array([0, 4])], 1)
+  np.testing.assert_array_equal(s[1:4], guidance.guidance_scale(t, **cfg)[1:4])
+  assert s.dtype == jnp.float32 and np.all(s[1:4] > 1)
+
+
+def test_interval_of_sigmas():
+  s = guidance.guidance_scale(
+    jnp.array([80.0, 2.0, 0.01]), scale=2.0, interval=(0.28, 2.9)
+  )
+  np.testing.assert_array_equal(s, [1, 2, 1])
+
+
+def test_prediction_outside_of_the_interval_is_the_conditional():
+  out = guidance.apply_cfg(COND, UNCOND, T, scale=3.0, interval=(100, 700))
+  whole = guidance.apply_cfg(COND, UNCOND, T, scale=3.0)
+  np.testing.assert_array_equal(out[1], whole[1])
+  np.testing.assert_allclose(out[::2], COND[::2], atol=5e-7)  # u + (c - u)
+
+
+@pytest.mark.parametrize("schedule", guidance.SCHEDULES)
+@pytest.mark.parametrize("interval", [None, (100, 700)])
+@pytest.mark.parametrize("tolerance", [0.0, 1e-3, 0.5])
+def test_skippable_is_where_the_scale_is_one(schedule, interval, tolerance):
+  cfg = dict(scale=4.4, schedule=schedule, interval=interval)
+  t = np.arange(1000)
+  skipped = guidance.skippable(t, **cfg, tolerance=tolerance)
+  s = np.float64(guidance.guidance_scale(t, **cfg))
+  # A step or two may fall either way: jax's float32 and numpy's float64.
+  expected = np.abs(s - 1) <= tolerance
+  assert np.count_nonzero(skipped != expected) <= 2
+  assert skipped.any() == (schedule != "constant" or interval is not None)
+
+
+def test_skippable_is_known_while_tracing():
+  @jax.jit
+  def run(x):
+    skipped = guidance.skippable(
+      np.array([900.0, 10.0]), scale=2.0, interval=(0, 500)
+    )
+    return x if list(skipped) == [True, False] else None
+
+  assert run(1.0) == 1.0
+  assert guidance.skippable(np.arange(3), scale=1.0).all()
+
+
+@pytest.mark.parametrize(
+  "kwargs, message",
+  [
+    (dict(interval=(5, 2)), r"interval=\(5, 2\) must be \(low, high\)"),
+    (dict(interval=(1, 2, 3)), r"must be \(low, high\)"),
+    (dict(tolerance=-1.0), "tolerance=-1.0 must not be negative"),
+    (dict(schedule="cosine"), "constant, power_cosine"),
+  ],
+)
+def test_mistakes_of_skippable(kwargs, message):
+  with pytest.raises(UserError, match=message):
+    guidance.skippable(np.arange(3), **{"scale": 2.0, **kwargs})
+
+
+def test_interval_needs_the_level():
+  with pytest.raises(UserError, match="needs the timestep"):
+    guidance.guidance_scale(None, scale=2.0, interval=(0, 1))

@@ -4,7 +4,6 @@ import json
 import re
 
 from flax import traverse_util
-from goldens import hfill
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from safetensors.numpy import save_file
 from diffit_jax.autoencoder import AutoencoderKL, abstract_params
 from diffit_jax.errors import UserError
 from diffit_jax.interop import diffusers
+from goldens import hfill
 
 SD_CONFIG = {
   "_class_name": "AutoencoderKL",

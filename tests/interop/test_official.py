@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 
-from goldens import hfill
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -17,6 +16,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.interop import official
 from diffit_jax.models import latent
 from diffit_jax.models.latent import LatentDiffiT
+from goldens import hfill
 
 GOLDEN = dict(width=16, depth=2, heads=2, grid=2, labels=6)
 OTHER = dict(

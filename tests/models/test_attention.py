@@ -1,6 +1,5 @@
 """TMSA against the golden values, plain attention and its own limits."""
 
-from goldens import hfill
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 
 from diffit_jax.errors import UserError
 from diffit_jax.models import attention
+from goldens import hfill
 
 HEADS, CHANNELS, TIME = 2, 8, 12
 

@@ -2,7 +2,6 @@
 
 import time
 
-from goldens import hfill
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.models import embeddings, latent
 from diffit_jax.models.latent import LatentDiffiT
 from diffit_jax.training import cost
+from goldens import hfill
 
 TINY = LatentDiffiT(
   input_size=4, hidden_dim=16, depth=2, num_heads=2, num_classes=5

@@ -1,0 +1,85 @@
+"""DPM-Solver++(2M): two steps' predictions of the clean data, extrapolated.
+
+Lu et al. 2022 (arXiv 2211.01095), Algorithm 2. With alpha = sqrt(abar),
+sigma = sqrt(1 - abar) and lambda = ln(alpha / sigma), the deterministic
+trajectory of the diffusion from level i to i+1, h_i = lambda_{i+1} - lambda_i,
+is exactly
+
+  x_{i+1} = sigma_{i+1}/sigma_i x_i
+            + sigma_{i+1} int e^lambda x_0(lambda) dlambda           (1)
+
+over [lambda_i, lambda_{i+1}]. With D_i = x_0 predicted at level i, replace the
+integrand's x_0(lambda) by its value at the middle of the step on the line
+through the last two predictions; the integral of e^lambda is known:
+
+  D~      = D_i + h_i / (2 h_{i-1}) (D_i - D_{i-1})                  (2)
+  x_{i+1} = sigma_{i+1}/sigma_i x_i + alpha_{i+1} (1 - e^-h_i) D~    (3)
+
+The local error is of third order in h. There is no D_{-1}, so the first step
+takes D~ = D_0. The last one goes to clean data, abar = 1, where h is infinite
+and (3) is x = D~; it takes D~ = D_{n-1}.
+
+CHOICE: steps evenly in lambda. Evenly in t, the steps next to clean data are so
+much longer in lambda than those before that (2) extrapolates far: on mixtures
+of normals 10 steps then did worse than DDIM, and 20 had 9 to 26 times the error
+of even lambda. "trailing", whose last step is the long one, lies between.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffit_jax.diffusion import adm
+from diffit_jax.sampling.loop import Solver
+
+
+class Carry(NamedTuple):
+  """x: the state. D: the prediction before."""
+
+  x: jax.Array
+  D: jax.Array
+
+
+def make_solver(
+  steps: int, *, spacing: str = "logsnr", num_train_steps: int = 1000
+) -> Solver:
+  """(2), (3) for a denoiser (x, t [b]) -> eps and v, or eps.
+
+  Args:
+    steps: n, one evaluation each, at most num_train_steps.
+    spacing: which steps, of `adm.SPACINGS`.
+    num_train_steps: T of the schedule the network was trained on.
+  """
+  s = adm.sampling_schedule(steps, spacing, num_train_steps)
+  abar = np.append(s.alphas_cumprod[::-1], 1.0)
+  alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
+  h = np.diff(np.log(alpha[:-1] / sigma[:-1]))  # of all steps but the last
+  extrapolation = np.zeros(steps)
+  extrapolation[1:-1] = h[1:] / (2 * h[:-1])
+  shrink = sigma[1:] / sigma[:-1]
+  rows = dict(
+    t=s.timesteps[::-1],
+    x_to_x0=1 / alpha[:-1],
+    eps_to_x0=sigma[:-1] / alpha[:-1],
+    extrapolation=extrapolation,
+    x=shrink,
+    D=alpha[1:] - shrink * alpha[:-1],  # alpha_{i+1} (1 - e^-h)
+  )
+  return Solver(
+    rows=rows,
+    start=lambda noise: Carry(x=noise, D=jnp.zeros_like(noise)),
+    query=lambda carry, row, z: (carry, carry.x, row["t"]),
+    update=_update,
+    finish=lambda carry: carry.x,
+    level="t",
+  )
+
+
+def _update(carry, row, out, z):
+  del z
+  eps, _ = adm.split_output(out, carry.x.shape[-1])
+  D = row["x_to_x0"] * carry.x - row["eps_to_x0"] * eps
+  extrapolated = D + row["extrapolation"] * (D - carry.D)  # (2)
+  return Carry(x=row["x"] * carry.x + row["D"] * extrapolated, D=D)  # (3)

@@ -1,0 +1,59 @@
+"""FFHQ-64 from a folder of images: prepare, train, resume, sample."""
+
+import numpy as np
+from PIL import Image
+import pytest
+
+import commands
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory) -> str:
+  """A data directory with a small FFHQ-64 made of smooth colour patterns."""
+  root = tmp_path_factory.mktemp("faces")
+  source = root / "images1024x1024" / "00000"
+  source.mkdir(parents=True)
+  y, x = np.mgrid[:96, :96] / 96
+  for i in range(12):
+    waves = [np.sin(6 * (x * (i + c) / 8 + y * (i - c) / 9)) for c in range(3)]
+    image = np.uint8(127.5 + 127 * np.stack(waves, axis=-1))
+    Image.fromarray(image).save(source / f"{i:05d}.png")
+  commands.succeed(
+    f"prepare ffhq64 --source={source.parent} --data_dir={root}/data"
+  )
+  return f"{root}/data"
+
+
+def train_resume_sample(faces, folder, config, steps=2):
+  """Trains one step, resumes for another, samples two images."""
+  run = (
+    f"main --config={config} --workdir={folder}/run --data_dir={faces}"
+    " --config.save_every_steps=1 --config.sample_every_steps=0"
+  )
+  commands.succeed(f"{run} --config.total_steps=1")
+  err = commands.run(f"{run} --config.total_steps=2").stderr
+  assert "resuming at step 1 of 2" in err, err[-3000:]
+  commands.succeed(
+    f"sample --workdir={folder}/run --out={folder}/out --num=2 --steps={steps}"
+    " --batch_size=2"
+  )
+  with np.load(f"{folder}/out/samples_2x64x64x3.npz") as file:
+    assert file["arr_0"].shape == (2, 64, 64, 3) and "arr_1" not in file
+    assert file["arr_0"].std() > 1
+
+
+def test_debug_form(faces, tmp_path):
+  train_resume_sample(faces, tmp_path, "configs/ffhq64.py:debug")
+  line = commands.last_error(
+    f"sample --workdir={tmp_path}/run --out={tmp_path}/x --labels=3"
+  )
+  assert "unconditional model" in line
+
+
+@pytest.mark.slow
+def test_the_real_network_of_44_8_million_parameters(faces, tmp_path):
+  train_resume_sample(
+    faces,
+    tmp_path,
+    "configs/ffhq64.py --config.batch_size=2 --config.num_threads=1",
+  )

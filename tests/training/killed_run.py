@@ -1,0 +1,54 @@
+"""A debug run on the digits that kills itself (SIGKILL) where it is told to.
+
+  python killed_run.py WORKDIR DATA_DIR none|step|save STEP
+
+`step` dies after step STEP was dispatched and before anything saves it; `save`
+dies while the files of the checkpoint of STEP are being written.
+"""
+
+import os
+import signal
+import sys
+import time
+
+from configs import digits
+from diffit_jax.training import checkpoint, loop
+
+
+def die() -> None:
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(workdir: str, data_dir: str, mode: str, at: int) -> None:
+  config = digits.get_config("debug")
+  config.total_steps, config.save_every_steps = 6, 2
+  config.log_every_steps, config.sample_every_steps = 6, 0
+
+  real_put = loop.mesh_lib.put_batch
+  first = min(checkpoint.list_steps(workdir)[-1:] or [0])
+  dispatched = [first]
+
+  def put_batch(mesh, batch):
+    if mode == "step" and dispatched[0] == at:
+      die()
+    dispatched[0] += 1
+    return real_put(mesh, batch)
+
+  real_save = checkpoint.Checkpoints.save
+
+  def save(self, step, state, batch_size):
+    real_save(self, step, state, batch_size)
+    if mode == "save" and step == at:
+      while not list(self.directory.glob(f"{step}.orbax*/*/*")):
+        if (self.directory / str(step)).exists():
+          sys.exit("the save was faster than the watch")
+        time.sleep(0.0005)
+      die()
+
+  loop.mesh_lib.put_batch = put_batch
+  checkpoint.Checkpoints.save = save
+  assert loop.train(config, workdir, data_dir)
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:4], int(sys.argv[4]))
