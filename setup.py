@@ -2,7 +2,7 @@
 
 import setuptools
 
-_TEST = ["pytest>=8.0", "ruff>=0.6", "scipy>=1.11"]
+_TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.6", "scipy>=1.11"]
 
 setuptools.setup(
   name="diffit_jax",

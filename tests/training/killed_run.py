@@ -2,11 +2,12 @@
 
   python killed_run.py WORKDIR DATA_DIR none|step|save STEP
 
-`step` dies after step STEP was dispatched and before anything saves it; `save`
+`step` dies after step STEP was dispatched, the one before it being saved; `save`
 dies while the files of the checkpoint of STEP are being written.
 """
 
 import os
+import pathlib
 import signal
 import sys
 import time
@@ -30,6 +31,9 @@ def main(workdir: str, data_dir: str, mode: str, at: int) -> None:
 
   def put_batch(mesh, batch):
     if mode == "step" and dispatched[0] == at:
+      saved = pathlib.Path(workdir) / "checkpoints" / str(at - 1)
+      while not saved.exists():  # it is saved in the background
+        time.sleep(0.01)
       die()
     dispatched[0] += 1
     return real_put(mesh, batch)
