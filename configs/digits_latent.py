@@ -2,7 +2,8 @@
 
 The digits' 8x8 pixels become a 4x4 latent of 4 channels by a fixed linear code
 (squares of 2x2 pixels), in place of a VAE. The same builder, hybrid loss,
-guidance and 250-step respaced DDPM sampler as ImageNet. No setting of the paper.
+guidance and 250-step respaced DDPM sampler as ImageNet. No setting of the
+paper.
 
   python -m diffit_jax.demo --config_name=digits_latent
   python -m diffit_jax.main --config=configs/digits_latent.py
@@ -12,8 +13,9 @@ Variants, after a colon and separated by commas:
   debug                 the same path with a small network and a few steps
 """
 
-from configs import common, imagenet256
 from ml_collections import config_dict
+
+from configs import common, imagenet256
 
 
 def get_config(arg: str | None = None) -> config_dict.ConfigDict:

@@ -1,7 +1,7 @@
 """ImageNet-256, latent DiffiT, class-conditional (DiffiT Tables 1 and 9).
 
-  paper         FID 1.73, IS 276.49, precision 0.80, recall 0.62 (50,000 samples,
-                250 DDPM steps, power-cosine guidance)
+  paper         FID 1.73, IS 276.49, precision 0.80, recall 0.62
+                (50,000 samples, 250 DDPM steps, power-cosine guidance)
   ours          not yet run
   network       561.0 M parameters + 0.3 M fixed positions, 28 blocks of 1152
 
@@ -19,8 +19,9 @@ Variants, after a colon and separated by commas:
   debug                 the same path with a small network and a few steps
 """
 
-from configs import common
 from ml_collections import config_dict
+
+from configs import common
 
 
 def get_config(arg: str | None = None) -> config_dict.ConfigDict:

@@ -1,7 +1,7 @@
 """ImageNet-512, latent DiffiT, class-conditional (DiffiT Table 1).
 
-  paper         FID 2.67, IS 252.12, precision 0.83, recall 0.55 (50,000 samples,
-                250 DDPM steps, constant guidance of 1.49)
+  paper         FID 2.67, IS 252.12, precision 0.83, recall 0.55
+                (50,000 samples, 250 DDPM steps, constant guidance of 1.49)
   ours          not yet run
   network       562.4 M parameters + 1.2 M fixed positions, 28 blocks of 1152
 
@@ -16,8 +16,9 @@ Variants, after a colon and separated by commas:
   debug                 the same path with a small network and a few steps
 """
 
-from configs import common, imagenet256
 from ml_collections import config_dict
+
+from configs import common, imagenet256
 
 
 def get_config(arg: str | None = None) -> config_dict.ConfigDict:

@@ -154,6 +154,7 @@ class SamplingFlags:
   seed: flags.FlagHolder
   num: flags.FlagHolder
   ema: flags.FlagHolder
+  vae: flags.FlagHolder
 
   def apply(self, sampler) -> None:
     """Writes the flags that were given over the config's sampler section."""
@@ -164,7 +165,7 @@ class SamplingFlags:
 
 
 def define_sampling_flags() -> SamplingFlags:
-  """Defines --solver --steps --guidance_scale --labels --seed --num --ema."""
+  """Defines the flags of `SamplingFlags`, once per program."""
   return SamplingFlags(
     solver=flags.DEFINE_string("solver", None, "Default: the config's."),
     steps=flags.DEFINE_integer("steps", None, "Default: the config's."),
@@ -183,5 +184,10 @@ def define_sampling_flags() -> SamplingFlags:
       None,
       "Which average of the weights; none for the raw parameters. Default:"
       " the run's first.",
+    ),
+    vae=flags.DEFINE_string(
+      "vae",
+      None,
+      "Diffusers folder of the SD VAE that decodes a latent model's samples.",
     ),
   )

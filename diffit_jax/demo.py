@@ -6,6 +6,7 @@ is printed beside, is asked which sampled digits it takes for the class that was
 asked for. A finished run is sampled again; --fresh trains anew.
 """
 
+import importlib
 import json
 import os
 import pathlib
@@ -18,26 +19,35 @@ import numpy as np
 from diffit_jax import cli
 
 _FRESH = flags.DEFINE_bool("fresh", False, "Forget the run and train anew.")
-_WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Folder of the run.")
+_CONFIG = flags.DEFINE_enum(
+  "config_name",
+  "digits",
+  ["digits", "digits_latent"],
+  "The image-space model, or the latent one.",
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run; default runs/<config_name>."
+)
 _CONFIG_ARG = flags.DEFINE_string(
-  "variant", "", "Variants of configs/digits.py, as debug."
+  "variant", "", "Variants of the config, as debug."
 )
 _NUM = 500
 
 
 def main() -> int:
   start = time.monotonic()
-  workdir = pathlib.Path(_WORKDIR.value)
+  workdir = pathlib.Path(_WORKDIR.value or f"runs/{_CONFIG.value}")
   print(f"DiffiT on scikit-learn's digits, in {workdir}", flush=True)
-  from configs import digits
-
-  config = digits.get_config(_CONFIG_ARG.value)
+  config = importlib.import_module(f"configs.{_CONFIG.value}").get_config(
+    _CONFIG_ARG.value
+  )
   if _FRESH.value:
     shutil.rmtree(workdir, ignore_errors=True)
   train_seconds = _train(config, workdir)
   if train_seconds is None:
     return cli.REQUEUE
 
+  from diffit_jax.autoencoder.codec import make_codec
   from diffit_jax.generation import job, weights
   from diffit_jax.parallel.mesh import make_mesh
 
@@ -47,6 +57,7 @@ def main() -> int:
   result = job.sample_to_folder(
       loaded, mesh, workdir / "demo", num=_NUM, seed=0, labels="0-9",
       batch_size=100,
+    codec=make_codec(loaded.config.get("autoencoder")),
   )  # fmt: skip
   if result is None:
     return cli.REQUEUE

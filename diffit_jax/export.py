@@ -1,13 +1,29 @@
-"""Exports a run's EMA weights as one safetensors file that describes itself.
+"""Exports weights as one safetensors file, for sampling elsewhere.
 
-python -m diffit_jax.export --workdir=runs/ffhq64 --out=ffhq64.safetensors
+  python -m diffit_jax.export --workdir=runs/ffhq64 --out=ffhq64.safetensors
+  python -m diffit_jax.export --workdir=runs/imagenet256 --layout=official \
+      --out=diffit_256.safetensors
+
+--layout=native carries its own config. --layout=official has exactly the keys,
+shapes and dtypes of the released weights, for the official PyTorch code; only
+latent models have it. --checkpoint=FILE converts a file instead of a run.
 """
 
 from absl import flags
+from ml_collections import config_flags
 
 from diffit_jax import cli
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", None, "A .safetensors file of either layout, to convert."
+)
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config of a --checkpoint in the official layout."
+)
+_LAYOUT = flags.DEFINE_enum(
+  "layout", "native", ["native", "official"], "Layout of the file to write."
+)
 _OUT = flags.DEFINE_string("out", None, "The .safetensors file to write.")
 _EMA = flags.DEFINE_string(
   "ema", None, "Name of the average; none for the raw parameters."
@@ -15,21 +31,25 @@ _EMA = flags.DEFINE_string(
 
 
 def main() -> int:
-  cli.require_one_of(workdir=_WORKDIR.value)
+  cli.require_one_of(workdir=_WORKDIR.value, checkpoint=_CHECKPOINT.value)
   cli.require_one_of(out=_OUT.value)
   from diffit_jax.generation import weights
-  from diffit_jax.interop import native
+  from diffit_jax.interop import files
   from diffit_jax.parallel.mesh import make_mesh
 
-  loaded = weights.from_workdir(_WORKDIR.value, make_mesh(), _EMA.value)
-  native.save(
+  mesh = make_mesh()
+  if _WORKDIR.value:
+    loaded = weights.from_workdir(_WORKDIR.value, mesh, _EMA.value)
+  else:
+    config = _CONFIG.value and cli.required_config(_CONFIG)
+    loaded = weights.from_file(_CHECKPOINT.value, mesh, _EMA.value, config)
+  files.write_weights(
     _OUT.value,
     loaded.params,
-    {
-      "config": loaded.config.to_json_best_effort(),
-      "step": str(loaded.step),
-      "ema": loaded.ema,
-    },
+    loaded.config,
+    step=loaded.step,
+    ema=loaded.ema,
+    layout=_LAYOUT.value,
   )
   print(f"{_OUT.value}: step {loaded.step}, ema {loaded.ema}")
   return 0

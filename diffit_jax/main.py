@@ -21,6 +21,12 @@ _WORKDIR = flags.DEFINE_string(
 _DATA_DIR = flags.DEFINE_string(
   "data_dir", None, "Prepared data sets; default $TFDS_DATA_DIR."
 )
+_VAE = flags.DEFINE_string(
+  "vae",
+  None,
+  "Diffusers folder of the SD VAE, for latent models: decodes sample grids, and"
+  " encodes images where data.content=images.",
+)
 _DRY_RUN = flags.DEFINE_bool(
   "dry_run",
   False,
@@ -44,6 +50,7 @@ def main() -> int:
     _WORKDIR.value or f"runs/{config.name}",
     _DATA_DIR.value,
     make_grid_sampler,
+    vae=_VAE.value,
   )
   return 0 if finished else cli.REQUEUE
 

@@ -8,6 +8,22 @@ NAME is one of
   ffhq64        FFHQ faces from a folder or zip file, by EDM's rule to 64x64
   image_folder  any folder or zip file of PNG, JPEG and WebP images, to
                 --resolution by --crop; labels from sub-folders or dataset.json
+  imagenet_latents
+                what a VAE makes of images and of their mirror images, cropped
+                by the ADM rule: the data of the latent model
+
+ImageNet as images is image_folder by the ADM rule, as latents it comes from the
+same folder, or from the images so prepared:
+
+  python -m diffit_jax.prepare image_folder --source=imagenet/train
+      --crop=adm --resolution=256 --name=imagenet_images
+  python -m diffit_jax.prepare imagenet_latents --source=imagenet/train
+      --vae=sd-vae-ft-ema --resolution=256
+
+Latents take long, so they are made in shards that stay when it is stopped (exit
+code 75) or killed: the same command goes on. Hosts that share DATA_DIR divide
+the shards by --shard=0/4, --shard=1/4 ...; the one that finishes the last shard
+publishes the data set, and the others end with code 0 before that.
 
 The data set is called NAME, or --name, and lies in DATA_DIR/NAME/VERSION;
 `config.data.name` takes the same name. A set that is there already with the
@@ -19,15 +35,19 @@ import re
 import signal
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 
 from diffit_jax import cli
 from diffit_jax.data.dataset import default_data_dir
 from diffit_jax.data.transforms import CROPS
 from diffit_jax.errors import UserError
+from diffit_jax.stop import StopRequest
 
 _SOURCE = flags.DEFINE_string(
-  "source", None, "Folder or zip file of images (cifar10: the .tar.gz)."
+  "source",
+  None,
+  "Folder or zip file of images (cifar10: the .tar.gz; imagenet_latents: also"
+  " the name of a prepared set of images in DATA_DIR).",
 )
 _DATA_DIR = flags.DEFINE_string(
   "data_dir",
@@ -38,7 +58,9 @@ _NAME = flags.DEFINE_string(
   "name", None, "What to call the data set; its builder's name if not set."
 )
 _RESOLUTION = flags.DEFINE_integer(
-  "resolution", None, "Side of the prepared images (image_folder)."
+  "resolution",
+  None,
+  "Side of the prepared images (image_folder, imagenet_latents).",
 )
 _CROP = flags.DEFINE_enum(
   "crop",
@@ -52,6 +74,35 @@ _MAX_BAD_FRACTION = flags.DEFINE_float(
   0.01,
   "Share of unreadable files, from 0 to 1, that is skipped without an error.",
 )
+_VAE = flags.DEFINE_string(
+  "vae", None, "Diffusers folder of the VAE (imagenet_latents)."
+)
+_LATENT_DTYPE = flags.DEFINE_enum(
+  "latent_dtype",
+  "float16",
+  ["float16", "float32"],
+  "Float type of the stored mean and log-variance (imagenet_latents).",
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size",
+  None,
+  "Images that each device encodes at a time; 1 on a CPU and 8 elsewhere if not"
+  " set (imagenet_latents).",
+  lower_bound=1,
+)
+_NUM_SHARDS = flags.DEFINE_integer(
+  "num_shards",
+  None,
+  "Files of the data set; one for each 1024 images, and 1024 at most, if not"
+  " set (imagenet_latents).",
+  lower_bound=1,
+)
+_SHARD = flags.DEFINE_string(
+  "shard",
+  "0/1",
+  "Which part of the files this process makes: i/n with i from 0 to n - 1"
+  " (imagenet_latents).",
+)
 _OVERWRITE = flags.DEFINE_boolean(
   "overwrite", False, "Make the data set anew even if it is there."
 )
@@ -61,13 +112,19 @@ _FLAGS_OF = {  # the flags that each builder listens to, beside the common ones
   "cifar10": ["source"],
   "ffhq64": ["source", "name", "max_bad_fraction"],
   "image_folder": ["source", "name", "resolution", "crop", "max_bad_fraction"],
+  "imagenet_latents": [
+    *["source", "name", "resolution", "max_bad_fraction"],
+    *["vae", "latent_dtype", "batch_size", "num_shards", "shard"],
+  ],
 }
 
 
-def main(builder: str) -> None:
+def main(builder: str) -> int | None:
   signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up, as ^C
   _check_flags(builder)
   data_dir = os.path.expanduser(_DATA_DIR.value or default_data_dir())
+  if builder == "imagenet_latents":
+    return _prepare_latents(data_dir)
   # TFDS takes a second to import: not before --help or a mistake.
   from diffit_jax.data import preparation
 
@@ -77,6 +134,91 @@ def main(builder: str) -> None:
     overwrite=_OVERWRITE.value,
   )
   print(directory)
+  return None
+
+
+def _prepare_latents(data_dir: str) -> int:
+  """Makes this process's part of the latents; returns the exit code."""
+  from diffit_jax.data.builders import imagenet_latents
+
+  part, num_parts = _part()
+  with StopRequest() as stop:
+    images = imagenet_latents.open_images(
+      _SOURCE.value, data_dir, _RESOLUTION.value
+    )
+    encoder, batch_size = _load_encoder()
+    outcome = imagenet_latents.prepare(
+      images,
+      encoder,
+      name=_NAME.value or "imagenet_latents",
+      data_dir=data_dir,
+      resolution=_RESOLUTION.value,
+      latent_dtype=_LATENT_DTYPE.value,
+      num_shards=_NUM_SHARDS.value,
+      part=part,
+      num_parts=num_parts,
+      batch_size=batch_size,
+      max_bad_fraction=_MAX_BAD_FRACTION.value,
+      overwrite=_OVERWRITE.value,
+      should_stop=lambda: stop.requested,
+    )
+  if outcome.is_stopped:
+    logging.info("stopped; the same command goes on from the finished shards")
+    return cli.REQUEUE
+  if outcome.directory:
+    print(outcome.directory)
+  else:
+    logging.info(
+      "part %s is done; the prepare that makes the last shard of the other"
+      " parts publishes the data set",
+      _SHARD.value,
+    )
+  return 0
+
+
+def _load_encoder():
+  """The VAE on every device of this host, and how many images they take."""
+  import jax
+  import numpy as np
+
+  from diffit_jax.autoencoder import load_autoencoder
+  from diffit_jax.data.builders import imagenet_latents
+  from diffit_jax.parallel import mesh as mesh_lib
+
+  vae = load_autoencoder(_VAE.value, chunk_size=_BATCH_SIZE.value)
+  mesh = mesh_lib.make_mesh(devices=jax.local_devices())
+  params = jax.device_put(vae.params, mesh_lib.replicated(mesh))
+  size = vae.chunk_size * mesh.size
+
+  def encode(images):
+    chunks = []
+    for start in range(0, len(images), size):
+      chunk = images[start : start + size]
+      padding = [(0, size - len(chunk))] + [(0, 0)] * 3  # one compilation
+      x = jax.device_put(np.pad(chunk, padding), mesh_lib.batch_sharding(mesh))
+      chunks.append(jax.device_get(vae.encode_fn(params, x)))
+    return tuple(np.concatenate(each)[: len(images)] for each in zip(*chunks))
+
+  encoder = imagenet_latents.Encoder(
+    encode=encode,
+    down_factor=vae.down_factor,
+    in_channels=vae.module.in_channels,
+    latent_channels=vae.module.latent_channels,
+    scaling_factor=vae.scaling_factor,
+    hash=vae.hash,
+    source=vae.source,
+  )
+  return encoder, size
+
+
+def _part() -> tuple[int, int]:
+  """--shard=i/n as (i, n)."""
+  match = re.fullmatch(r"(\d+)/(\d+)", _SHARD.value)
+  if not match or not int(match[1]) < int(match[2]):
+    raise UserError(
+      f"--shard={_SHARD.value} must be i/n with i from 0 to n - 1"
+    )
+  return int(match[1]), int(match[2])
 
 
 def _recipe(builder: str, data_dir: str) -> dict[str, Any]:
@@ -108,15 +250,20 @@ def _check_flags(builder: str) -> None:
       f"unknown data set {builder!r}: choose from {', '.join(_FLAGS_OF)}"
     )
   known = _FLAGS_OF[builder]
-  for flag in _FLAGS_OF["image_folder"]:
+  for flag in sorted({flag for each in _FLAGS_OF.values() for flag in each}):
     if flags.FLAGS[flag].present and flag not in known:
       raise UserError(f"{builder} takes no --{flag}")
-  if builder in ("ffhq64", "image_folder") and not _SOURCE.value:
+  if "name" in known and not _SOURCE.value:
     raise UserError(f"{builder} needs --source=FOLDER_OR_ZIP")
-  if builder == "image_folder" and (_RESOLUTION.value or 0) < 1:
+  if "vae" in known and not _VAE.value:
     raise UserError(
-      f"image_folder needs a --resolution of 1 or more, not {_RESOLUTION.value}"
+      f"{builder} needs --vae=FOLDER, a VAE as diffusers saves it"
     )
+  if "resolution" in known and (_RESOLUTION.value or 0) < 1:
+    raise UserError(
+      f"{builder} needs a --resolution of 1 or more, not {_RESOLUTION.value}"
+    )
+  _part()
   if _NAME.value and not re.fullmatch(r"[a-z][a-z0-9_]*", _NAME.value):
     raise UserError(
       f"--name={_NAME.value} must be lower-case letters, digits and _"

@@ -1,20 +1,32 @@
-"""Samples images from a run or from an exported file.
+"""Samples images from a run, an exported file, or released weights.
 
   python -m diffit_jax.sample --workdir=runs/ffhq64 --out=samples --num=64
   python -m diffit_jax.sample --checkpoint=ffhq64.safetensors --out=samples
+  python -m diffit_jax.sample --checkpoint=diffit_256.safetensors \
+      --config=configs/imagenet256.py --vae=sd-vae-ft-ema --out=samples
 
-Writes images/<i>.png, grid.png and an ADM-style samples_<n>x<h>x<w>x3.npz.
+Writes images/<i>.png, grid.png and an ADM-style samples_<n>x<h>x<w>x3.npz. A
+latent model without --vae writes latents instead: latents/<i>.npy and an npz.
 Sample i depends on (--seed, i) alone. An interrupted run goes on where it
 stopped; another setting in the same folder is refused.
 """
 
 from absl import flags
+from ml_collections import config_flags
 
 from diffit_jax import cli
+from diffit_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", None, "A .safetensors file that diffit_jax.export wrote."
+  "checkpoint",
+  None,
+  "A .safetensors file that diffit_jax.export wrote, or released weights.",
+)
+_CONFIG = config_flags.DEFINE_config_file(
+  "config",
+  None,
+  "Config of the --checkpoint; files that export wrote carry their own.",
 )
 _OUT = flags.DEFINE_string("out", None, "Folder for the images.")
 _BATCH_SIZE = flags.DEFINE_integer(
@@ -26,6 +38,10 @@ _SAMPLING = cli.define_sampling_flags()
 def main() -> int:
   cli.require_one_of(workdir=_WORKDIR.value, checkpoint=_CHECKPOINT.value)
   cli.require_one_of(out=_OUT.value)
+  config = cli.required_config(_CONFIG) if _CONFIG.value is not None else None
+  if config is not None and _WORKDIR.value:
+    raise UserError("--config goes with --checkpoint: a workdir has its own")
+  from diffit_jax.autoencoder.codec import make_codec
   from diffit_jax.generation import job, weights
   from diffit_jax.parallel.mesh import make_mesh
 
@@ -33,7 +49,9 @@ def main() -> int:
   if _WORKDIR.value:
     loaded = weights.from_workdir(_WORKDIR.value, mesh, _SAMPLING.ema.value)
   else:
-    loaded = weights.from_file(_CHECKPOINT.value, mesh, _SAMPLING.ema.value)
+    loaded = weights.from_file(
+      _CHECKPOINT.value, mesh, _SAMPLING.ema.value, config
+    )
   _SAMPLING.apply(loaded.config.sampler)
   result = job.sample_to_folder(
     loaded,
@@ -43,11 +61,15 @@ def main() -> int:
     seed=_SAMPLING.seed.value,
     labels=_SAMPLING.labels.value,
     batch_size=_BATCH_SIZE.value,
+    codec=make_codec(loaded.config.get("autoencoder"), _SAMPLING.vae.value),
   )
   if result is None:
     return cli.REQUEUE
-  print(f"grid: {result.grid}")
-  print(f"images: {result.npz}")
+  if result.grid:
+    print(f"grid: {result.grid}")
+    print(f"images: {result.npz}")
+  else:
+    print(f"latents, since --vae was not given: {result.npz}")
   return 0
 
 

@@ -154,7 +154,7 @@ def test_sigterm_saves_and_asks_to_be_started_again(tmp_path, data_dir):
     (f"main {DEBUG} extra", "unexpected argument 'extra'"),
     ("sample --out=x", "exactly one of --workdir=... or --checkpoint="),
     ("sample --workdir=nowhere --out=x", "nowhere holds no run"),
-    ("sample --checkpoint=no.safetensors --out=x", "is not there"),
+    ("sample --checkpoint=no.safetensors --out=x", "is not a file"),
     ("sample --checkpoint=a --out=x --num=0", "num"),
     ("export --workdir=nowhere --out=a.safetensors", "holds no run"),
   ],

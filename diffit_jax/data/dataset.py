@@ -1,5 +1,8 @@
 """A prepared data set on disk: where it is, what it holds, random access.
 
+It holds images, or latents: of each image and of its mirror image the mean and
+the log-variance that a VAE gave (`builders.imagenet_latents`).
+
 A data set is a folder of TFDS, `data_dir/NAME/VERSION` (or
 `data_dir/NAME/CONFIG/VERSION`), in ArrayRecord format. Beside TFDS's own files
 lies `prepared.json`, in which `diffit_jax.prepare` says what it made from what.
@@ -19,6 +22,7 @@ from typing import Any
 from diffit_jax.errors import UserError
 
 METADATA_FILE = "prepared.json"
+MOMENTS = ("moments", "mirror_moments")  # features of latents, [h, w, 2c]
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
@@ -28,12 +32,16 @@ class Dataset:
 
   Attributes:
     source: random access to the records: `len`, `[i]` and `__getitems__` give
-      {"image": encoded bytes, "label": int}; 0 where the set has no labels.
+      {"image": encoded bytes, "label": int}, of latents {"moments",
+      "mirror_moments": [h, w, 2c], "label"}; 0 where the set has no labels.
     num_images: length of the source.
-    image_shape: (height, width, channels) of every image.
+    image_shape: (height, width, channels) of every image; of latents, of the
+      images that were encoded.
     num_classes: labels are 0..num_classes-1; 0 where the set has no labels.
     metadata: what `prepare` wrote down; empty for a set made by TFDS alone.
     directory: the folder that holds the records.
+    kind: "image" or "latent".
+    latent_shape: (height, width, channels) of every latent; None for images.
   """
 
   source: Sequence[dict[str, Any]]
@@ -42,6 +50,8 @@ class Dataset:
   num_classes: int
   metadata: dict[str, Any]
   directory: str
+  kind: str = "image"
+  latent_shape: tuple[int, int, int] | None = None
 
 
 def default_data_dir() -> str:
@@ -66,11 +76,17 @@ def find_directory(name: str, data_dir: str | None) -> pathlib.Path | None:
 def read_metadata(directory: pathlib.Path) -> dict[str, Any]:
   """What `prepare` wrote about a data set; empty where it did not make it."""
   file = directory / METADATA_FILE
-  return json.loads(file.read_text()) if file.exists() else {}
+  try:
+    return json.loads(file.read_text()) if file.exists() else {}
+  except ValueError as error:
+    raise UserError(f"data set {directory} is damaged ({file.name})") from error
 
 
 def open_dataset(
-  name: str, data_dir: str | None = None, split: str = "train"
+  name: str,
+  data_dir: str | None = None,
+  split: str = "train",
+  any_size: bool = False,
 ) -> Dataset:
   """Opens a prepared data set.
 
@@ -79,6 +95,8 @@ def open_dataset(
       image folder, or "name/config" for TFDS sets that have configs.
     data_dir: None stands for $TFDS_DATA_DIR or ~/tensorflow_datasets.
     split: a split that the set has, TFDS's slices included ("train[:90%]").
+    any_size: whether images may have different sizes; `image_shape` then has
+      None for a size that differs.
 
   Raises:
     UserError: missing, damaged, in another format, or without such a split.
@@ -90,6 +108,8 @@ def open_dataset(
     raise UserError(
       f"no prepared data set {name!r} in {data_dir}; make it with: {command}"
     )
+  if read_metadata(directory).get("kind") == "latent":
+    command = prepare_command(name, data_dir, builder="imagenet_latents")
   import tensorflow_datasets as tfds  # a second to import: only when it is used
 
   try:
@@ -111,7 +131,10 @@ def open_dataset(
       f" and array_record is needed; remake it with: {command} --overwrite"
     )
   _check_files(directory, splits, command)
-  if "image" not in features or None in features["image"].shape:
+  if not _is_latent(features) and (
+    "image" not in features
+    or (None in features["image"].shape and not any_size)
+  ):
     raise UserError(
       f"data set {directory} has no images of one size; prepare them with:"
       f" {prepare_command(name, data_dir, builder='image_folder')}"
@@ -123,12 +146,14 @@ def prepare_command(
   name: str, data_dir: str, builder: str | None = None
 ) -> str:
   """The command line that makes a data set of that name."""
-  known = ("digits", "cifar10", "ffhq64", "image_folder")
+  known = ("digits", "cifar10", "ffhq64", "image_folder", "imagenet_latents")
   builder = builder or (name if name in known else "image_folder")
   command = f"python -m diffit_jax.prepare {builder}"
   if builder in ("ffhq64", "image_folder"):
     command += " --source=FOLDER_OR_ZIP"
-  if builder == "image_folder":
+  if builder == "imagenet_latents":
+    command += " --source=FOLDER_OR_ZIP_OR_NAME --vae=FOLDER"
+  if builder in ("image_folder", "imagenet_latents"):
     command += " --resolution=SIDE"
   if builder != name:
     command += f" --name={name}"
@@ -146,6 +171,10 @@ def check_matches(
     channels: of the model's images.
     num_classes: classes that the model is told; 0 ignores the labels.
   """
+  if dataset.kind != "image":
+    raise UserError(
+      f"the config wants images, the data set {dataset.directory} holds latents"
+    )
   height, width, depth = dataset.image_shape
   if (height, width) != (resolution, resolution):
     raise UserError(
@@ -157,6 +186,64 @@ def check_matches(
       f"the config wants {channels} colour channels, the data set"
       f" {dataset.directory} has {depth}"
     )
+  _check_classes(dataset, num_classes)
+
+
+def check_latents(
+  dataset: Dataset,
+  side: int,
+  channels: int,
+  num_classes: int,
+  vae_hash: str | None = None,
+  scaling_factor: float | None = None,
+) -> None:
+  """Raises a UserError where a config and a data set of latents disagree.
+
+  Args:
+    dataset: the data set.
+    side: of the latents that the model works on.
+    channels: of those latents; the set holds twice as many, mean and
+      log-variance.
+    num_classes: classes that the model is told; 0 ignores the labels.
+    vae_hash: SHA-256 of the weights of the VAE that decodes; None where it is
+      not known.
+    scaling_factor: what the model's latents are multiplied by; None where it is
+      not known.
+  """
+  where = f"the data set {dataset.directory}"
+  if dataset.latent_shape is None:
+    raise UserError(
+      f"the config wants latents, {where} holds images; encode them with:"
+      " python -m diffit_jax.prepare imagenet_latents --source=... --vae=..."
+    )
+  height, width, depth = dataset.latent_shape
+  if (height, width) != (side, side):
+    raise UserError(
+      f"the config wants latents of {side}x{side}, {where} has {height}x{width}"
+    )
+  if depth != channels:
+    raise UserError(
+      f"the config wants {channels} latent channels, {where} has {depth}"
+      f" (mean and log-variance: {2 * depth} numbers a place)"
+    )
+  _check_classes(dataset, num_classes)
+  settings = dataset.metadata.get("settings", {})
+  former = settings.get("vae_hash")
+  if vae_hash is not None and former != vae_hash:
+    vae = dataset.metadata.get("vae", "a VAE it does not name")
+    raise UserError(
+      f"{where} was encoded by {vae} (SHA-256 {former}), and the VAE here is"
+      f" another one (SHA-256 {vae_hash})"
+    )
+  former = settings.get("scaling_factor")
+  if scaling_factor is not None and former != scaling_factor:
+    raise UserError(
+      f"the config scales latents by {scaling_factor}, the VAE of {where} asks"
+      f" for {former}"
+    )
+
+
+def _check_classes(dataset: Dataset, num_classes: int) -> None:
   if num_classes and num_classes != dataset.num_classes:
     raise UserError(
       f"the config wants {num_classes} classes, the data set"
@@ -165,10 +252,10 @@ def check_matches(
 
 
 class _Records(Sequence):
-  """TFDS's data source, cut down to {"image", "label"}."""
+  """TFDS's data source, cut down to `keys` and "label"."""
 
-  def __init__(self, source: Any):
-    self._source = source
+  def __init__(self, source: Any, keys: Sequence[str]):
+    self._source, self._keys = source, keys
 
   def __len__(self) -> int:
     return len(self._source)
@@ -185,7 +272,8 @@ class _Records(Sequence):
     return f"_Records({self._source!r})"
 
   def _keep(self, record: dict[str, Any]) -> dict[str, Any]:
-    return {"image": record["image"], "label": int(record.get("label", 0))}
+    kept = {key: record[key] for key in self._keys}
+    return kept | {"label": int(record.get("label", 0))}
 
 
 def _check_files(directory: pathlib.Path, splits: Any, command: str) -> None:
@@ -199,14 +287,18 @@ def _check_files(directory: pathlib.Path, splits: Any, command: str) -> None:
         )
 
 
+def _is_latent(features: Any) -> bool:
+  return set(MOMENTS) <= set(features)
+
+
 def _open(builder: Any, split: str, directory: pathlib.Path) -> Dataset:
   import tensorflow_datasets as tfds
 
   features = builder.info.features
+  is_latent = _is_latent(features)
+  decoders = None if is_latent else {"image": tfds.decode.SkipDecoding()}
   try:
-    source = builder.as_data_source(
-      split=split, decoders={"image": tfds.decode.SkipDecoding()}
-    )
+    source = builder.as_data_source(split=split, decoders=decoders)
   except (ValueError, KeyError) as error:
     raise UserError(
       f"data set {directory} has no split {split!r}: it has"
@@ -214,11 +306,24 @@ def _open(builder: Any, split: str, directory: pathlib.Path) -> Dataset:
     ) from error
   if not len(source):
     raise UserError(f"split {split!r} of data set {directory} is empty")
+  metadata = read_metadata(directory)
+  common = {
+    "num_images": len(source),
+    "num_classes": features["label"].num_classes if "label" in features else 0,
+    "metadata": metadata,
+    "directory": str(directory),
+  }
+  if not is_latent:
+    return Dataset(
+      source=_Records(source, ["image"]),
+      image_shape=tuple(features["image"].shape),
+      **common,
+    )
+  height, width, depth = features["moments"].shape
   return Dataset(
-    source=_Records(source),
-    num_images=len(source),
-    image_shape=tuple(features["image"].shape),
-    num_classes=features["label"].num_classes if "label" in features else 0,
-    metadata=read_metadata(directory),
-    directory=str(directory),
+    source=_Records(source, MOMENTS),
+    image_shape=tuple(metadata.get("image_shape", ())),
+    kind="latent",
+    latent_shape=(height, width, depth // 2),
+    **common,
   )

@@ -17,10 +17,21 @@ import grain
 import numpy as np
 
 from diffit_jax.data import transforms
-from diffit_jax.data.dataset import Dataset, check_matches, open_dataset
+from diffit_jax.data.dataset import (
+  Dataset,
+  check_latents,
+  check_matches,
+  open_dataset,
+)
 from diffit_jax.errors import UserError
 
-__all__ = ["Dataset", "Pipeline", "check_matches", "open_dataset"]
+__all__ = [
+  "Dataset",
+  "Pipeline",
+  "check_latents",
+  "check_matches",
+  "open_dataset",
+]
 
 Batch = dict[str, np.ndarray]
 
@@ -32,6 +43,10 @@ class Pipeline(Iterator[Batch]):
   "index": [b] uint32} with b = global_batch_size / num_shards; `index` is the
   global position i in the stream, which every random draw of the training step
   is keyed on.
+
+  Of a data set of latents it is {"moments": [b, h, w, 2c] in the data set's
+  float type, "label", "index"}: mean, then log-variance, of the unscaled latent
+  of the image or of its mirror image, which is not the mirror of its latent.
 
   Use it as a context manager, or call `close`, to stop its threads.
   """
@@ -82,7 +97,7 @@ class Pipeline(Iterator[Batch]):
       grain.MapDataset.source(dataset.source)
       .shuffle(seed=order_seed)
       .repeat(None)
-      .map_with_index(_decoder(dataset.image_shape, seed, flip))
+      .map_with_index(_decoder(dataset, seed, flip))
     )
     self._iterator = iter(
       grain.experimental.ElasticIterator(
@@ -122,22 +137,32 @@ def is_mirrored(seed: int, index: int) -> bool:
 
 
 def _decoder(
-  image_shape: tuple[int, int, int], seed: int, flip: bool
+  dataset: Dataset, seed: int, flip: bool
 ) -> Callable[[int, dict[str, Any]], Batch]:
   """The function (index in the stream, record) -> example."""
+  read = _read_moments if dataset.kind == "latent" else _read_image
 
   def decode(index: int, record: dict[str, Any]) -> Batch:
-    image = transforms.decode(record["image"], image_shape[-1])
-    if image.shape != image_shape:
-      raise UserError(
-        f"an image of the data set has shape {image.shape}, not {image_shape}"
-      )
-    if flip and is_mirrored(seed, index):
-      image = transforms.flip(image)
+    mirrored = flip and is_mirrored(seed, index)
     return {
-      "image": image,
+      **read(dataset, record, mirrored),
       "label": np.int32(record["label"]),
       "index": np.uint32(index),
     }
 
   return decode
+
+
+def _read_image(dataset: Dataset, record: dict[str, Any], mirrored: bool):
+  image = transforms.decode(record["image"], dataset.image_shape[-1])
+  if image.shape != dataset.image_shape:
+    raise UserError(
+      f"an image of the data set has shape {image.shape}, not"
+      f" {dataset.image_shape}"
+    )
+  return {"image": transforms.flip(image) if mirrored else image}
+
+
+def _read_moments(dataset: Dataset, record: dict[str, Any], mirrored: bool):
+  del dataset  # TFDS has seen to the shape
+  return {"moments": record["mirror_moments" if mirrored else "moments"]}

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import tempfile
@@ -27,13 +28,13 @@ from diffit_jax.errors import UserError
 from diffit_jax.progress import Progress
 
 _STAGING_PREFIX = "incomplete."
-_FAILURES = (  # of the disk, the network, and an archive that is not the one
+FAILURES = (  # of the disk, the network, and an archive that is not the one
   OSError,
   RuntimeError,  # ArrayRecord's, as of a full disk
   tfds.download.DownloadError,
   download_manager.NonMatchingChecksumError,
 )
-_MAX_NAMES = 100  # of unreadable files, in the metadata
+MAX_NAMES = 100  # of unreadable files, in the metadata
 
 
 def prepare(
@@ -73,7 +74,7 @@ def prepare(
     with _staging(root) as staging:
       existing = dataset_lib.find_directory(name, data_dir)
       if existing and not overwrite:
-        _check_same(existing, settings)
+        check_same(existing, settings)
         logging.info("%s is there already and stays as it is", existing)
         return existing
       builder = make_builder(str(staging))
@@ -95,7 +96,7 @@ def prepare(
           former.rename(staging / f"former{number}")
       target.parent.mkdir(parents=True, exist_ok=True)
       made.rename(target)
-  except _FAILURES as error:
+  except FAILURES as error:
     raise UserError(f"cannot make the data set {root}: {error}") from error
   logging.info("%s: %d images", target, metadata["num_images"])
   return target
@@ -106,7 +107,8 @@ def _staging(root: pathlib.Path) -> Iterator[pathlib.Path]:
   """An empty folder in `root`, removed on the way out; `root` is locked."""
   root.mkdir(parents=True, exist_ok=True)
   try:
-    with _lock(root):
+    busy = f"another prepare is making {root} right now"
+    with lock(root / ".lock", busy):
       for stale in root.glob(f"{_STAGING_PREFIX}*"):
         logging.info("removing what a killed prepare left: %s", stale)
         shutil.rmtree(stale)
@@ -121,23 +123,36 @@ def _staging(root: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def _lock(root: pathlib.Path) -> Iterator[None]:
-  """Keeps a second `prepare` away; ends with the process, however that ends."""
-  path = root / ".lock"
-  with path.open("w") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise UserError(f"another prepare is making {root} right now") from None
-    except OSError as error:
-      logging.warning("%s cannot be locked (%s): run one prepare", path, error)
+def lock(path: pathlib.Path, busy: str | None) -> Iterator[None]:
+  """Holds a lock file; it is let go with the process, however that ends.
+
+  Args:
+    path: the file; removed on the way out.
+    busy: what the UserError says where another process holds it; None waits.
+  """
+  with contextlib.ExitStack() as stack:
+    while True:
+      file = stack.enter_context(path.open("w"))
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+      except BlockingIOError:
+        raise UserError(busy) from None
+      except OSError as error:
+        logging.warning(
+          "%s cannot be locked (%s): run one prepare", path, error
+        )
+        break
+      # The holder that we waited for has removed the file: lock the next one.
+      with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+          break
     try:
       yield
     finally:
       path.unlink(missing_ok=True)
 
 
-def _check_same(existing: pathlib.Path, settings: dict[str, Any]) -> None:
+def check_same(existing: pathlib.Path, settings: dict[str, Any]) -> None:
   """Raises a UserError unless `existing` was made with `settings`."""
   metadata = dataset_lib.read_metadata(existing)
   if not metadata:
@@ -145,17 +160,21 @@ def _check_same(existing: pathlib.Path, settings: dict[str, Any]) -> None:
       f"{existing} is there and was not made by this program; give another"
       " --name, or --overwrite to replace it"
     )
-  former = metadata["settings"]
-  differences = [
+  differences = compare(metadata["settings"], settings)
+  if differences:
+    raise UserError(
+      f"{existing} was made with other settings ({differences});"
+      " give another --name, or --overwrite to replace it"
+    )
+
+
+def compare(former: dict[str, Any], settings: dict[str, Any]) -> str:
+  """How settings differ from former ones, in words; empty if they do not."""
+  return "; ".join(
     f"{key} was {former.get(key)!r}, now {settings.get(key)!r}"
     for key in sorted(former.keys() | settings.keys())
     if former.get(key) != settings.get(key)
-  ]
-  if differences:
-    raise UserError(
-      f"{existing} was made with other settings ({'; '.join(differences)});"
-      " give another --name, or --overwrite to replace it"
-    )
+  )
 
 
 def _describe(
@@ -174,7 +193,7 @@ def _describe(
     "num_classes": label.num_classes if label else 0,
     "class_names": label.names if label else [],
     "num_skipped": len(skipped),
-    "skipped": skipped[:_MAX_NAMES],
+    "skipped": skipped[:MAX_NAMES],
     "content_hash": _content_hash(builder),
   }
 

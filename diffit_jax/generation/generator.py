@@ -1,4 +1,4 @@
-"""A compiled function from (weights, sample indices, labels) to uint8 images.
+"""A compiled function from (weights, sample indices, labels) to images.
 
 Sample i depends on (seed, i) alone: fold_in(key(seed), i) is split into one key
 for its initial noise and one for the draws of a stochastic solver. Batch
@@ -6,6 +6,7 @@ size, device count and order change rounding at most.
 """
 
 from collections.abc import Callable, Mapping
+import dataclasses
 
 from flax import linen as nn
 import jax
@@ -20,48 +21,51 @@ from diffit_jax.parallel.mesh import batch_sharding, replicated
 from diffit_jax.sampling.images import to_uint8
 
 
-def make_denoiser(
-  model: nn.Module,
-  params,
-  diffusion: Mapping,
-  labels: jax.Array | None,
-  guidance_scale: float,
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """The EDM denoiser (x, sigma[b]) -> x0, guidance applied.
+def make_network(
+  model: nn.Module, params, config: Mapping
+) -> Callable[..., jax.Array]:
+  """The function (x, level, labels) that the config's solvers are made for.
 
   Args:
     model: the raw network.
     params: its parameters.
-    diffusion: the config's section, for sigma_data.
-    labels: [b] classes; None for an unconditional model.
-    guidance_scale: 1 runs the conditional network alone.
+    config: the whole config.
+
+  Returns:
+    For "edm" the denoiser (x, sigma [b]) -> D [b, h, w, c]; for "adm" the raw
+    prediction (x, t [b]) -> [b, h, w, c or 2c].
   """
+  apply = lambda x, level, labels: model.apply(
+    {"params": params}, x, level, labels
+  )
+  if config["diffusion"]["kind"] == "adm":
+    return apply
+  sigma_data = config["diffusion"]["sigma_data"]
 
   def denoise(x, sigma, labels):
-    network = lambda x_in, c_noise: model.apply(
-      {"params": params}, x_in, c_noise, labels
-    )
-    return edm.denoise(network, x, sigma, sigma_data=diffusion["sigma_data"])
+    network = lambda x_in, c_noise: apply(x_in, c_noise, labels)
+    return edm.denoise(network, x, sigma, sigma_data=sigma_data)
 
-  return guidance.guided(
-    denoise, labels, model.num_classes, scale=guidance_scale
-  )
+  return denoise
 
 
-def make_generator(model: nn.Module, config: Mapping, mesh: Mesh) -> Callable:
-  """Jits (params, seed, index [b], labels [b]) -> uint8 [b, h, w, c].
+def make_generator(
+  model: nn.Module, config: Mapping, mesh: Mesh, codec=None
+) -> Callable[..., np.ndarray]:
+  """The function (params, seed, index [b], labels [b]) -> what the model makes.
 
   Args:
     model: of `config.model`.
     config: the whole config; data, diffusion, sampler and matmul_precision are
       read.
     mesh: the batch is split over all of it, weights are replicated.
+    codec: decodes the latents of a latent model.
+
+  Returns:
+    A function with uint8 [b, h, w, c] images, or, of a latent model without a
+    codec, float32 latents as the VAE gives them (unscaled).
   """
-  sampler = dict(config["sampler"])
-  sampler.pop("num_grid", None)
-  solver, scale = sampler.pop("solver"), sampler.pop("guidance_scale")
-  check_guidance(config, scale)
-  sampling.num_evaluations(solver, **sampler)  # refuses unknown options now
+  options = SamplerOptions.from_config(config)
   side, channels = config["data"]["resolution"], model.channels
 
   def generate(params, seed, index, labels):
@@ -74,34 +78,108 @@ def make_generator(model: nn.Module, config: Mapping, mesh: Mesh) -> Callable:
     )(noise_keys)
     labels = labels if model.num_classes else None
     with jax.default_matmul_precision(config["matmul_precision"]):
-      denoiser = make_denoiser(
-        model, params, config["diffusion"], labels, scale
+      network = make_network(model, params, config)
+      denoiser = lambda cfg: guidance.guided(
+        network, labels, model.num_classes, **cfg
       )
-      x = sampling.sample(denoiser, solver, noise, keys=keys, **sampler)
-    return to_uint8(x)
+      x = sampling.sample(
+        denoiser(options.cfg),
+        options.solver,
+        noise,
+        keys=keys,
+        plain=denoiser({"scale": 1}),
+        skip=options.skip,
+        **options.solver_options,
+      )
+    return to_uint8(x) if config["diffusion"]["kind"] == "edm" else x
 
   whole, split = replicated(mesh), batch_sharding(mesh)
-  return jax.jit(
-    generate,
-    in_shardings=(whole, whole, split, split),
-    out_shardings=split,
+  run = jax.jit(
+    generate, in_shardings=(whole, whole, split, split), out_shardings=split
   )
+  if config["diffusion"]["kind"] == "edm":
+    return lambda *args: np.asarray(run(*args))
+  scaling_factor = config["autoencoder"]["scaling_factor"]
+
+  def generate_latents(*args):
+    latents = np.asarray(run(*args)) / np.float32(scaling_factor)
+    if codec is None:
+      return latents
+    return to_uint8(np.asarray(codec.decode(latents)), "adm")
+
+  return generate_latents
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerOptions:
+  """`config.sampler`, sorted by who it is for.
+
+  Attributes:
+    solver: name of the solver.
+    solver_options: its arguments, steps included.
+    cfg: guidance, as `guidance.guided` takes it.
+    skip: levels -> where the unconditional half may be left out.
+  """
+
+  solver: str
+  solver_options: dict
+  cfg: dict
+  skip: Callable[[np.ndarray], np.ndarray]
+
+  @classmethod
+  def from_config(cls, config: Mapping) -> "SamplerOptions":
+    """Sorts the fields, and refuses those that cannot work."""
+    fields = dict(config["sampler"])
+    fields.pop("num_grid", None)
+    cfg = {
+      name.removeprefix("guidance_"): fields.pop(name)
+      for name in list(fields)
+      if name.startswith("guidance_")
+    }
+    tolerance = cfg.pop("tolerance", 0.0)
+    if "interval" in cfg:
+      cfg["interval"] = tuple(cfg["interval"]) or None
+    solver = fields.pop("solver")
+    check_guidance(config, cfg["scale"])
+    sampling.num_evaluations(solver, **fields)  # refuses unknown options now
+    if (solver == "edm_heun") != (config["diffusion"]["kind"] == "edm"):
+      raise UserError(
+        f"solver {solver!r} is not for a model of"
+        f" diffusion.kind={config['diffusion']['kind']!r}: use edm_heun for"
+        " edm, and ddpm, ddim, dpmpp_2m or unipc for adm"
+      )
+    rule = {k: v for k, v in cfg.items() if k != "channels"}
+    skip = lambda levels: guidance.skippable(
+      levels, tolerance=tolerance, **rule
+    )
+    return cls(solver, fields, cfg, skip)
+
+  def num_evaluations(self) -> tuple[int, int]:
+    """(evaluations with the label, those of them without the other half)."""
+    name, options = self.solver, self.solver_options
+    return (
+      sampling.num_evaluations(name, **options),
+      sampling.num_skipped(name, skip=self.skip, **options),
+    )
 
 
 def make_grid_sampler(
-  model: nn.Module, config: Mapping, mesh: Mesh
-) -> Callable[[dict], np.ndarray]:
+  model: nn.Module, config: Mapping, mesh: Mesh, codec=None
+) -> Callable[[dict], np.ndarray] | None:
   """The function (params) -> uint8 [n, h, w, c] of the grids in training.
 
   Always the same noise (seed 0) and the classes in turn, so that grids of
-  different steps can be laid side by side.
+  different steps can be laid side by side. None where the latents of a model
+  cannot be decoded, for lack of a codec.
   """
-  generate = make_generator(model, config, mesh)
+  if config["diffusion"]["kind"] == "adm" and codec is None:
+    return None
+  generate = make_generator(model, config, mesh, codec)
   wanted = config["sampler"]["num_grid"]
   num = -(-wanted // mesh.size) * mesh.size  # whole rows on every device
   index = np.arange(num, dtype=np.uint32)
   labels = (index % max(model.num_classes, 1)).astype(np.int32)
-  return lambda params: np.asarray(generate(params, 0, index, labels))[:wanted]
+  return lambda params: generate(params, 0, index, labels)[:wanted]
 
 
 def check_guidance(config: Mapping, scale: float) -> None:

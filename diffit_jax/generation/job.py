@@ -1,12 +1,12 @@
-"""Sampling into a folder: PNGs, a grid and an npz; stop and go on any time."""
+"""Sampling into a folder: files, a grid and an npz; stop and go on any time."""
 
+from collections.abc import Callable
 from concurrent import futures
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
-import zipfile
 
 from absl import logging
 from flax import traverse_util
@@ -17,18 +17,18 @@ import numpy as np
 from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.generation import generator
+from diffit_jax.generation.output import IMAGES, LATENTS, Output
 from diffit_jax.generation.weights import Weights
 from diffit_jax.parallel.mesh import check_batch
 from diffit_jax.progress import Progress
-from diffit_jax.sampling.images import page, write_png
 from diffit_jax.stop import StopRequest
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """Paths of what was written."""
+  """Paths of what was written; `grid` is None for latents."""
 
-  grid: pathlib.Path
+  grid: pathlib.Path | None
   npz: pathlib.Path
 
 
@@ -41,8 +41,9 @@ def sample_to_folder(
   seed: int,
   labels: str = "random",
   batch_size: int = 64,
+  codec=None,
 ) -> Result | None:
-  """Samples images 0..num-1 that are not in the folder yet.
+  """Makes samples 0..num-1 that are not in the folder yet.
 
   Batches always hold the same indices, so that an interrupted run ends with the
   same bits as an undisturbed one.
@@ -51,10 +52,11 @@ def sample_to_folder(
     weights: the network's, with the config that says how to sample.
     mesh: the devices.
     out: folder; created where missing.
-    num: images wanted in all.
+    num: samples wanted in all.
     seed: sample i depends on (seed, i).
     labels: see `generator.choose_labels`.
-    batch_size: images per call, over all devices.
+    batch_size: samples per call, over all devices.
+    codec: decodes the latents of a latent model; without it, they are written.
 
   Returns:
     The paths, or None where SIGTERM came first.
@@ -62,21 +64,26 @@ def sample_to_folder(
   batch_size = min(batch_size, -(-num // mesh.size) * mesh.size)
   check_batch(mesh, batch_size, "batch_size")
   config, model = weights.config, models.make_model(weights.config.model)
-  generate = generator.make_generator(model, config, mesh)
+  generate = generator.make_generator(model, config, mesh, codec)
   classes = lambda index: generator.choose_labels(
     index, seed, model.num_classes, labels
   )
   classes(np.arange(1))  # refuses wrong labels before anything is written
-  folder = pathlib.Path(out)
-  _claim(folder, _settings(weights, seed, labels))
+  is_latent = config.diffusion.kind == "adm" and codec is None
+  output = Output(pathlib.Path(out), LATENTS if is_latent else IMAGES)
+  _claim(output.folder, _settings(weights, seed, labels, codec))
 
-  image_path = lambda i: folder / "images" / f"{i:06d}.png"
-  waiting = [i for i in range(num) if not image_path(i).exists()]
+  waiting = [i for i in range(num) if not output.path(i).exists()]
   batches = sorted({i // batch_size for i in waiting})
   logging.info(
-      "sampling %d images (%d there already) from %s, ema %s",
-      num, num - len(waiting), weights.source, weights.ema,
-  )  # fmt: skip
+    "sampling %d %s (%d there already) from %s, ema %s",
+    num,
+    output.kind.name,
+    num - len(waiting),
+    weights.source,
+    weights.ema,
+  )
+  _report_skipped(config)
   with (
     StopRequest() as stop,
     Progress(num, "sampling", "images", num - len(waiting)) as progress,
@@ -86,26 +93,46 @@ def sample_to_folder(
       if stop.requested:
         return None
       index = np.arange(batch * batch_size, (batch + 1) * batch_size)
-      images = generate(
+      samples = generate(
         weights.params, seed, index.astype(np.uint32), classes(index)
       )
-      images = np.asarray(images)
-      wanted = [i for i in index if i < num and not image_path(i).exists()]
-      list(pool.map(
-          lambda i, images=images, start=index[0]: write_png(
-              image_path(i), images[i - start]
-          ),
-          wanted,
-      ))  # fmt: skip
-      progress.update(len(wanted))
-  return _finish(
-    folder, image_path, num, classes if model.num_classes else None
-  )
+      progress.update(_write_batch(output, pool, index, samples, num))
+  try:
+    grid, npz = output.finish(
+      num, classes(np.arange(num)) if model.num_classes else None
+    )
+  except OSError as error:
+    raise _cannot_write(output.folder, error) from error
+  return Result(grid, npz)
 
 
-def _settings(weights: Weights, seed: int, labels: str) -> dict:
-  """What decides the pixels, as it stands in sampling.json."""
-  sampler = dict(weights.config.sampler)
+def _write_batch(output: Output, pool, index, samples, num: int) -> int:
+  """Writes the samples of a batch that are wanted; returns how many."""
+  wanted = [i for i in index if i < num and not output.path(i).exists()]
+  write: Callable = lambda i: output.write(i, samples[i - index[0]])
+  try:
+    list(pool.map(write, wanted))
+  except OSError as error:
+    raise _cannot_write(output.folder, error) from error
+  return len(wanted)
+
+
+def _report_skipped(config) -> None:
+  options = generator.SamplerOptions.from_config(config)
+  total, skipped = options.num_evaluations()
+  if options.cfg["scale"] != 1 and skipped:
+    logging.info(
+      "guidance: %d of %d unconditional evaluations are skipped, where the"
+      " scale is within %g of 1",
+      skipped,
+      total,
+      config.sampler.get("guidance_tolerance", 0.0),
+    )
+
+
+def _settings(weights: Weights, seed: int, labels: str, codec) -> dict:
+  """What decides the samples, as it stands in sampling.json."""
+  sampler = json.loads(weights.config.sampler.to_json_best_effort())
   sampler.pop("num_grid", None)
   return {
     "weights_sha256": hash_tree(weights.params),
@@ -116,6 +143,7 @@ def _settings(weights: Weights, seed: int, labels: str) -> dict:
     "sampler": sampler,
     "dtype": weights.config.model.dtype,
     "matmul_precision": weights.config.matmul_precision,
+    "vae": codec.hash if codec else None,
   }
 
 
@@ -144,42 +172,16 @@ def _claim(folder: pathlib.Path, settings: dict) -> None:
         f" ({', '.join(different)} differ): use another --out or delete it"
       )
   try:
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "sampling.json.partial"
     partial.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     os.replace(partial, path)
   except OSError as error:
-    raise UserError(f"cannot write to --out={folder}: {error}") from error
+    raise _cannot_write(folder, error) from error
 
 
-def _finish(folder, image_path, num, classes) -> Result:
-  first = [_read_png(image_path(i)) for i in range(min(num, 100))]
-  write_png(folder / "grid.png", page(np.stack(first)))
-  height, width = first[0].shape[:2]
-  npz = folder / f"samples_{num}x{height}x{width}x3.npz"
-  _write_npz(npz, image_path, num, classes and classes(np.arange(num)))
-  return Result(folder / "grid.png", npz)
-
-
-def _read_png(path: pathlib.Path) -> np.ndarray:
-  from PIL import Image
-
-  image = np.asarray(Image.open(path))
-  return image if image.ndim == 3 else image[..., None]
-
-
-def _write_npz(path, image_path, num: int, labels: np.ndarray | None) -> None:
-  """arr_0 uint8 [n, h, w, 3] and arr_1 labels, image by image."""
-  shape = (num, *_read_png(image_path(0)).shape[:2], 3)
-  header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-  partial = path.with_name(path.name + ".partial")
-  with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-    with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-      np.lib.format.write_array_header_1_0(file, header)
-      for i in range(num):
-        image = np.broadcast_to(_read_png(image_path(i)), shape[1:])
-        file.write(image.tobytes())
-    if labels is not None:
-      with archive.open("arr_1.npy", "w") as file:
-        np.lib.format.write_array(file, labels.astype(np.int64))
-  os.replace(partial, path)
+def _cannot_write(folder: pathlib.Path, error: OSError) -> UserError:
+  return UserError(
+    f"cannot write to --out={folder}: {error}; what is there stays, and the"
+    " same command goes on from it"
+  )

@@ -1,6 +1,5 @@
 """Weights to sample from: a workdir's checkpoint or an exported file."""
 
-from collections.abc import Mapping
 import dataclasses
 import json
 import os
@@ -8,13 +7,11 @@ import pathlib
 
 from absl import logging
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from diffit_jax import models
 from diffit_jax.errors import UserError
-from diffit_jax.interop import native
+from diffit_jax.interop import files
 from diffit_jax.parallel.mesh import replicated
 
 RAW = "none"  # --ema=none samples from the parameters themselves
@@ -37,15 +34,6 @@ class Weights:
   step: int
   ema: str
   source: str
-
-
-def parameter_shapes(model, config: Mapping):
-  """Abstract parameters of a model, from the config's image size."""
-  side = config["data"]["resolution"]
-  x = jax.ShapeDtypeStruct((1, side, side, model.channels), jnp.float32)
-  time = jax.ShapeDtypeStruct((1,), jnp.float32)
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  return jax.eval_shape(model.init, key, x, time)["params"]
 
 
 def read_config(workdir: str | os.PathLike) -> config_dict.ConfigDict:
@@ -83,7 +71,7 @@ def from_workdir(
       f"{workdir} has no finished checkpoint yet: train further, a save comes"
       f" every {config.save_every_steps} steps"
     )
-  shapes = parameter_shapes(models.make_model(config.model), config)
+  shapes = files.parameter_shapes(config)
   place = lambda leaf: jax.ShapeDtypeStruct(
     leaf.shape, leaf.dtype, sharding=replicated(mesh)
   )
@@ -103,15 +91,21 @@ def from_workdir(
 
 
 def from_file(
-  path: str | os.PathLike, mesh: Mesh, ema: str | None = None
+  path: str | os.PathLike,
+  mesh: Mesh,
+  ema: str | None = None,
+  config: config_dict.ConfigDict | None = None,
 ) -> Weights:
-  """Weights from a file that `export` wrote; it carries its own config."""
-  params, header = native.load(path)
+  """Weights from a file: one of ours, or a released one with a config.
+
+  Args:
+    path: the .safetensors file.
+    mesh: the weights are replicated on it.
+    ema: a name that the file must confirm; None is whatever it holds.
+    config: of the network and the sampler; None is the file's own.
+  """
+  params, config, header = files.read_weights(path, config)
   if ema not in (None, header["ema"]):
     raise UserError(f"ema={ema!r}: {path} holds only {header['ema']!r}")
-  config = config_dict.ConfigDict(json.loads(header["config"]))
-  native.check_tree(
-    params, parameter_shapes(models.make_model(config.model), config), path
-  )
   params = jax.device_put(params, replicated(mesh))
   return Weights(params, config, int(header["step"]), header["ema"], str(path))

@@ -10,7 +10,6 @@ import os
 import pathlib
 
 from flax import traverse_util
-import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -46,27 +45,23 @@ def save(
     raise UserError(f"writing {path} failed: {error}") from error
 
 
-def load(path: str | os.PathLike) -> tuple[dict, dict[str, str]]:
-  """Reads (params, header); refuses anything else than our own files."""
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise UserError(f"{path} is not there: give a .safetensors file")
+def is_native(path: str | os.PathLike) -> bool:
+  """Whether a file says in its header that `save` wrote it."""
   try:
     with safetensors.safe_open(path, framework="numpy") as file:
-      header = file.metadata() or {}
-      flat = {name: file.get_tensor(name) for name in file.keys()}
-  except safetensors.SafetensorError as error:
-    raise UserError(
-      f"{path} is not a whole safetensors file ({error}): copy it again, or"
-      " make one with python -m diffit_jax.export (pickles such as .pth are"
-      " never loaded)"
-    ) from error
+      return (file.metadata() or {}).get("format") == FORMAT
+  except (OSError, safetensors.SafetensorError):
+    return False  # whoever reads it next says what is wrong
+
+
+def load(path: str | os.PathLike) -> tuple[dict, dict[str, str]]:
+  """Reads (params as numpy arrays, header) of a file that `is_native`."""
+  with safetensors.safe_open(path, framework="numpy") as file:
+    header = file.metadata()
+    flat = {name: file.get_tensor(name) for name in file.keys()}
   missing = [key for key in _KEYS if key not in header]
-  if missing or header["format"] != FORMAT:
-    raise UserError(
-      f"{path} was not written by diffit_jax.export: its header lacks"
-      f" {missing or FORMAT}"
-    )
+  if missing:
+    raise UserError(f"{path}: its header lacks {missing}; export it again")
   return traverse_util.unflatten_dict(flat, sep="/"), header
 
 
@@ -94,8 +89,3 @@ def check_tree(params: Mapping, expected: Mapping, path) -> None:
     f"{path} does not fit its config: {'; '.join(problems[:20])}"
     + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
   )
-
-
-def host_tree(params):
-  """Fetches a tree of device arrays as numpy arrays."""
-  return jax.tree.map(np.asarray, params)

@@ -15,12 +15,14 @@ from ml_collections import config_dict
 import numpy as np
 import optax
 
+from diffit_jax.autoencoder.codec import make_codec
 from diffit_jax.data import pipeline
 from diffit_jax.errors import UserError
+from diffit_jax.interop import files
 from diffit_jax.parallel import mesh as mesh_lib
 from diffit_jax.progress import Progress
 from diffit_jax.stop import StopRequest
-from diffit_jax.training import ema, metrics, optimizer, state, workdir
+from diffit_jax.training import ema, metrics, optimizer, source, state, workdir
 from diffit_jax.training import program as program_lib
 from diffit_jax.training.checkpoint import Checkpoints
 
@@ -34,6 +36,7 @@ def train(
   data_dir: str | None = None,
   make_sampler: Callable[..., Sampler] | None = None,
   devices: list[jax.Device] | None = None,
+  vae: str | None = None,
 ) -> bool:
   """Trains, or goes on with, the run in `directory`.
 
@@ -41,22 +44,19 @@ def train(
     config: the resolved config.
     directory: the workdir; created where missing.
     data_dir: of the prepared data sets; None is $TFDS_DATA_DIR.
-    make_sampler: (model, config, mesh) -> sampler of the grids that are written
-      during training; None for no grids.
+    make_sampler: (model, config, mesh, codec) -> sampler of the grids that are
+      written during training, or None; None for no grids.
     devices: to train on; None is all there are.
+    vae: diffusers folder of the VAE of a latent model, which encodes images on
+      the fly and decodes sample grids.
 
   Returns:
     True once total_steps are done and saved, False where SIGTERM came first;
     then the current step is saved, and the same call goes on from it.
   """
   program = program_lib.build(config, devices)
-  dataset = pipeline.open_dataset(config.data.name, data_dir, config.data.split)
-  pipeline.check_matches(
-    dataset,
-    config.data.resolution,
-    config.model.channels,
-    config.data.num_classes,
-  )
+  codec = make_codec(config.get("autoencoder"), vae)
+  dataset = source.open_training_set(config, data_dir, codec)
   workdir.claim(directory, config)
   checkpoints = Checkpoints(
     directory,
@@ -65,7 +65,8 @@ def train(
   )
   with StopRequest() as stop:
     try:
-      run = _Run(config, directory, program, checkpoints, make_sampler)
+      run = _Run(config, directory, program, checkpoints)
+      run.use_codec(codec, make_sampler)
       return run.loop(dataset, stop)
     finally:
       checkpoints.close()
@@ -74,11 +75,14 @@ def train(
 class _Run:
   """One start of a run: the state and what is done to it between steps."""
 
-  def __init__(self, config, directory, program, checkpoints, make_sampler):
+  def __init__(self, config, directory, program, checkpoints):
     self.config, self.program, self.checkpoints = config, program, checkpoints
     restored = checkpoints.restore(program.abstract)
     if restored is None:
       restored = state.create(program.init, program.mesh)
+      if config.get("init_from"):
+        params = files.read_initial(config.init_from, config)
+        restored = state.replace_params(restored, params)
     self.state = restored
     self.step = int(restored.step)
     logging.info(
@@ -93,9 +97,18 @@ class _Run:
     self.monitor = state.new_monitor(program.mesh)
     self.writer = metrics.Writer(directory)
     self.param_norm = jax.jit(optax.tree.norm)
+
+  def use_codec(self, codec, make_sampler) -> None:
+    """Sets up what needs an autoencoder, or does without."""
+    program, config = self.program, self.config
+    self.encode = lambda batch: batch
+    if source.is_encoding(config):
+      self.encode = source.make_encoder(codec, program.mesh)
     self.sampler = None
     if make_sampler is not None and config.sample_every_steps:
-      self.sampler = make_sampler(program.model, config, program.mesh)
+      self.sampler = make_sampler(program.model, config, program.mesh, codec)
+      if self.sampler is None:
+        logging.info("no sample grids: --vae was not given to decode them")
 
   def loop(self, dataset, stop: StopRequest) -> bool:
     """Steps until the end or a stop request; saves in both cases."""
@@ -120,7 +133,7 @@ class _Run:
         while self.step < total and not stop.requested:
           batch = mesh_lib.put_batch(self.program.mesh, next(batches))
           self.state, self.monitor = self.program.train_step(
-            self.state, self.monitor, batch
+            self.state, self.monitor, self.encode(batch)
           )
           self.step += 1
           progress.update()

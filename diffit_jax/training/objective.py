@@ -1,4 +1,4 @@
-"""From a batch of images to one loss per sample.
+"""From a batch of images or latents to one loss per sample.
 
 Every random draw is keyed on (seed, step, global sample index): the key of the
 step, folded with the sample's index, is split by purpose. So a sample meets the
@@ -11,7 +11,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffit_jax.diffusion import augment, edm
+from diffit_jax.diffusion import adm, augment, edm
 
 Loss = Callable[[dict, dict[str, jax.Array], jax.Array], jax.Array]
 
@@ -46,10 +46,9 @@ def edm_loss(model: nn.Module, config: Mapping) -> Loss:
       y, augment_labels = augment.augment(y, drawn), augment.labels(drawn)
     labels = None
     if num_classes:
-      drop = jax.vmap(
-        lambda k: jax.random.bernoulli(k, config["label_drop_prob"])
-      )(k_label)
-      labels = jnp.where(drop, num_classes, batch["label"])
+      labels = drop_labels(
+        k_label, batch["label"], num_classes, config["label_drop_prob"]
+      )
     sigma = edm.sample_sigma(
       k_sigma, P_mean=config["P_mean"], P_std=config["P_std"]
     )
@@ -75,3 +74,45 @@ def edm_loss(model: nn.Module, config: Mapping) -> Loss:
     return edm.loss(D, y, sigma, sigma_data=config["sigma_data"])
 
   return loss
+
+
+def adm_loss(model: nn.Module, config: Mapping, scaling_factor: float) -> Loss:
+  """ADM's hybrid loss on latents that are drawn from the VAE's posterior.
+
+  Args:
+    model: raw network (x_t, t, labels) -> eps, or eps and v.
+    config: num_steps and label_drop_prob.
+    scaling_factor: of the latents; x_0 = scaling_factor (mean + std noise).
+
+  Returns:
+    loss(params, batch, step_key) -> [b] float32, with batch "moments"
+    [b, h, w, 2c] (mean, then log-variance), "label" and "index".
+  """
+  schedule = adm.make_schedule(config["num_steps"])
+
+  def loss(params, batch, step_key):
+    index = batch["index"]
+    k_posterior, k_t, k_noise, k_label = sample_keys(step_key, index, 4)
+    moments = batch["moments"].astype(jnp.float32)
+    mean, log_variance = jnp.split(moments, 2, axis=-1)
+    normal = jax.vmap(lambda k: jax.random.normal(k, mean.shape[1:]))
+    std = jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))
+    x_0 = scaling_factor * (mean + std * normal(k_posterior))
+    t = adm.sample_timesteps(k_t, config["num_steps"])
+    noise = normal(k_noise)
+    labels = drop_labels(
+      k_label, batch["label"], model.num_classes, config["label_drop_prob"]
+    )
+    x_t = schedule.q_sample(x_0, t, noise)
+    output = model.apply({"params": params}, x_t, t, labels)
+    return schedule.losses(output, x_0, t, noise)["loss"]
+
+  return loss
+
+
+def drop_labels(
+  keys: jax.Array, labels: jax.Array, null_label: int, prob: float
+) -> jax.Array:
+  """[b] labels, each replaced by the null label with probability `prob`."""
+  drop = jax.vmap(lambda k: jax.random.bernoulli(k, prob))(keys)
+  return jnp.where(drop, null_label, labels)

@@ -16,6 +16,8 @@ from diffit_jax.training import objective, step
 from diffit_jax.training.optimizer import make_optimizer
 from diffit_jax.training.state import TrainState, abstract_state, make_init
 
+DIFFUSIONS = ("edm", "adm")
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -46,8 +48,6 @@ def build(
     config: the resolved config.
     devices: of the mesh; None is all there are.
   """
-  if config.diffusion.kind != "edm":
-    raise UserError(f"diffusion.kind={config.diffusion.kind!r}: use 'edm'")
   check_consistent(config)
   mesh = mesh_lib.make_mesh(**config.mesh, devices=devices)
   mesh_lib.check_batch(mesh, config.batch_size, "batch_size")
@@ -55,8 +55,13 @@ def build(
   optimizer = make_optimizer(config.optimizer, config.batch_size)
   init = make_init(lambda: init_params(model, config), optimizer, config.ema)
   abstract = abstract_state(init, mesh)
+  if config.diffusion.kind == "edm":
+    loss = objective.edm_loss(model, config.diffusion)
+  else:
+    scaling_factor = config.autoencoder.scaling_factor
+    loss = objective.adm_loss(model, config.diffusion, scaling_factor)
   pure_step = step.make_step(
-    objective.edm_loss(model, config.diffusion),
+    loss,
     optimizer,
     config.ema,
     batch_size=config.batch_size,
@@ -69,16 +74,32 @@ def build(
 
 def check_consistent(config: config_dict.ConfigDict) -> None:
   """Fields of different sections that must agree."""
-  if config.model.num_classes not in (0, config.data.num_classes):
+  model, diffusion = config.model, config.diffusion
+  if diffusion.kind not in DIFFUSIONS:
     raise UserError(
-      f"model.num_classes={config.model.num_classes} must be 0 or"
+      f"diffusion.kind={diffusion.kind!r}: use one of {DIFFUSIONS}"
+    )
+  wanted = {"edm": "image_diffit", "adm": "latent_diffit"}[diffusion.kind]
+  if model.name != wanted:
+    raise UserError(
+      f"model.name={model.name!r} must be {wanted!r} with"
+      f" diffusion.kind={diffusion.kind!r}"
+    )
+  if model.num_classes not in (0, config.data.num_classes):
+    raise UserError(
+      f"model.num_classes={model.num_classes} must be 0 or"
       f" data.num_classes={config.data.num_classes}"
     )
-  wanted = 9 if config.diffusion.augment_prob else 0
-  if config.model.augment_dim != wanted:
+  if diffusion.kind == "adm" and model.input_size != config.data.resolution:
     raise UserError(
-      f"model.augment_dim={config.model.augment_dim} must be {wanted} with"
-      f" diffusion.augment_prob={config.diffusion.augment_prob}"
+      f"model.input_size={model.input_size} must be the side of the latents,"
+      f" data.resolution={config.data.resolution}"
+    )
+  wanted = 9 if diffusion.get("augment_prob") else 0
+  if model.get("augment_dim", 0) != wanted:
+    raise UserError(
+      f"model.augment_dim={model.augment_dim} must be {wanted} with"
+      f" diffusion.augment_prob={diffusion.augment_prob}"
     )
   for field in ("total_steps", "log_every_steps", "save_every_steps"):
     if config[field] < 1:
@@ -93,11 +114,18 @@ def init_params(model: nn.Module, config: config_dict.ConfigDict):
 
 
 def batch_shapes(config: config_dict.ConfigDict) -> dict:
-  """Abstract global batch, for compiling ahead of time."""
-  b, side = config.batch_size, config.data.resolution
-  image = (b, side, side, config.model.channels)
-  return {
-    "image": jax.ShapeDtypeStruct(image, jnp.uint8),
+  """Abstract global batch of the step, for compiling ahead of time."""
+  b, side, channels = (
+    config.batch_size,
+    config.data.resolution,
+    config.model.channels,
+  )
+  batch = {
     "label": jax.ShapeDtypeStruct((b,), jnp.int32),
     "index": jax.ShapeDtypeStruct((b,), jnp.uint32),
   }
+  if config.diffusion.kind == "edm":
+    image = (b, side, side, channels)
+    return batch | {"image": jax.ShapeDtypeStruct(image, jnp.uint8)}
+  moments = (b, side, side, 2 * channels)
+  return batch | {"moments": jax.ShapeDtypeStruct(moments, jnp.float32)}

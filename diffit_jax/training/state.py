@@ -87,3 +87,19 @@ def create(init, mesh: Mesh) -> TrainState:
   shapes = jax.eval_shape(init)
   out = sharding.tree_sharding(mesh, shapes)
   return jax.jit(init, out_shardings=out)()
+
+
+def replace_params(state: TrainState, params) -> TrainState:
+  """A fresh state that starts, averages included, from given parameters.
+
+  Args:
+    state: of step 0; its shardings are kept.
+    params: tree of arrays like `state.params`.
+  """
+  place = lambda old, new: jax.device_put(new, old.sharding)
+  params = jax.tree.map(place, state.params, params)
+  # Copies, since the train step donates each tree on its own.
+  copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+  return state.replace(
+    params=copy(params), ema={name: copy(params) for name in state.ema}
+  )

@@ -14,6 +14,7 @@ _FIXED = (
   "seed",
   "batch_size",
   "data",
+  "autoencoder",
   "model",
   "matmul_precision",
   "diffusion",

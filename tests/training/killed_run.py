@@ -2,8 +2,8 @@
 
   python killed_run.py WORKDIR DATA_DIR none|step|save STEP
 
-`step` dies after step STEP was dispatched, the one before it being saved; `save`
-dies while the files of the checkpoint of STEP are being written.
+`step` dies after step STEP was dispatched, the one before it being saved;
+`save` dies while the files of the checkpoint of STEP are being written.
 """
 
 import os

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import zipfile
 
 from absl import logging
+from PIL import Image
 
 from diffit_jax.data import sources, transforms
 from diffit_jax.data.builders import base
@@ -17,8 +18,8 @@ from diffit_jax.progress import Progress
 
 T = TypeVar("T")
 R = TypeVar("R")
-# What decoding raises, and what a damaged or strange zip member does.
-_UNREADABLE = transforms.UNREADABLE + (
+# What reading raises: decoding, and a damaged or strange zip member.
+UNREADABLE = transforms.UNREADABLE + (
   zipfile.BadZipFile,
   NotImplementedError,
   RuntimeError,
@@ -62,15 +63,13 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):
     names = list(self._source.sizes)
     notes = collections.Counter()
     with Progress(len(names), f"preparing {self.name}", "images") as progress:
-      for name, result in zip(names, _map_ahead(self._convert, names)):
+      for name, result in zip(names, map_ahead(self._convert, names)):
         progress.update()
         if isinstance(result, Exception):
           self._skip(name, result)
           continue
         notes.update(result.notes)
-        # Names are bytes to the file system and need not be text.
-        text = os.fsencode(name).decode("utf-8", "backslashreplace")
-        example = {"image": result.png, "id": text}
+        example = {"image": result.png, "id": name_as_text(name)}
         if self._source.labels:
           example["label"] = self._source.labels[name]
         yield example
@@ -82,18 +81,9 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):
   def _convert(self, name: str) -> "_Converted | Exception":
     """Reads and fits one image; gives back what was wrong if it cannot."""
     try:
-      image = transforms.open_image(self._source.read(name))
-      square = image.width == image.height
-      notes = []
-      if min(image.size) < self._resolution:
-        notes.append(f"are smaller than {self._resolution} and were enlarged")
-      if self._crop == "edm" and not square:
-        notes.append("are not square and were stretched (see --crop)")
-      if image.info["exif_orientation"] != 1:
-        notes.append("carry an EXIF rotation, which is ignored")
-      image = transforms.fit(image, self._resolution, self._crop)
+      image, notes = fit(self._source.read(name), self._resolution, self._crop)
       return _Converted(transforms.encode_png(image), notes)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
       return error
 
   def _skip(self, name: str, error: Exception) -> None:
@@ -137,6 +127,40 @@ def recipe(
   }
 
 
+def name_as_text(name: str) -> str:
+  """A file's name, which is bytes to the file system, as proper text."""
+  return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def fit(
+  data: bytes, resolution: int, crop: str, channels: int = 3
+) -> tuple[Image.Image, list[str]]:
+  """Decodes an image and brings it to one size.
+
+  Args:
+    data: the file.
+    resolution: side of the result.
+    crop: one of `transforms.CROPS`.
+    channels: 3 for RGB, 1 for gray.
+
+  Returns:
+    The image, and what the user should know about it, as ends of the sentence
+    "these images ...".
+
+  Raises:
+    One of `transforms.UNREADABLE`.
+  """
+  image = transforms.open_image(data, channels)
+  notes = []
+  if min(image.size) < resolution:
+    notes.append(f"are smaller than {resolution} and were enlarged")
+  if crop == "edm" and image.width != image.height:
+    notes.append("are not square and were stretched (see --crop)")
+  if image.info["exif_orientation"] != 1:
+    notes.append("carry an EXIF rotation, which is ignored")
+  return transforms.fit(image, resolution, crop), notes
+
+
 @dataclasses.dataclass(frozen=True)
 class _Converted:
   """A prepared image, and what the user should know about it."""
@@ -145,7 +169,7 @@ class _Converted:
   notes: list[str]
 
 
-def _map_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def map_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
   """`map` in threads (Pillow lets go of the lock), in order, a little ahead."""
   num_threads = os.cpu_count() or 1
   pool = futures.ThreadPoolExecutor(num_threads)

@@ -1,0 +1,154 @@
+"""Weights from a file, whichever of the two layouts it has.
+
+Our own files carry their config; the released ones describe only the network,
+which must then be the one that a given config describes.
+"""
+
+from collections.abc import Mapping
+import json
+import os
+
+import jax
+from ml_collections import config_dict
+import numpy as np
+
+from diffit_jax import models
+from diffit_jax.errors import UserError
+from diffit_jax.interop import native, official
+from diffit_jax.models import latent
+
+_SIZES = (
+  "input_size",
+  "patch_size",
+  "channels",
+  "hidden_dim",
+  "depth",
+  "num_heads",
+  "mlp_ratio",
+  "num_classes",
+  "learn_sigma",
+)
+
+
+def read_weights(
+  path: str | os.PathLike, config: config_dict.ConfigDict | None = None
+) -> tuple[dict, config_dict.ConfigDict, dict[str, str]]:
+  """Reads parameters and the config that they belong to.
+
+  Args:
+    path: a .safetensors file that `export` wrote, or a released one.
+    config: needed for a released file; replaces the config of one of ours.
+
+  Returns:
+    (params as numpy arrays, config, {"step": .., "ema": ..}).
+
+  Raises:
+    UserError: not such a file, or not of the config's network; says what
+      differs, with both values.
+  """
+  if native.is_native(path):
+    params, header = native.load(path)
+    if config is None:
+      config = config_dict.ConfigDict(json.loads(header["config"]))
+    native.check_tree(params, parameter_shapes(config), path)
+    return params, config, header
+  model, params = official.load_official(path)
+  if config is None:
+    raise UserError(
+      f"{path} is in the released layout, which carries no config: give one,"
+      " as --config=configs/imagenet256.py"
+    )
+  _check_sizes(path, model, config)
+  if not config.model.scan_blocks:
+    params = latent.unstack_blocks(params)
+  return params, config, {"step": "0", "ema": "released"}
+
+
+def read_initial(
+  path: str | os.PathLike, config: config_dict.ConfigDict
+) -> dict:
+  """Parameters to start a training run from.
+
+  A latent model may come from another resolution: its bias tables are then
+  resized, and the positions are computed anew in any case.
+  """
+  if native.is_native(path):
+    params, header = native.load(path)
+    from_side = json.loads(header["config"])["data"]["resolution"]
+  else:
+    model, params = official.load_official(path)
+    from_side = model.input_size
+    _check_sizes(path, model, config, ignore=("input_size",))
+  if config.model.name == "latent_diffit":
+    to_side = config.model.input_size
+    if from_side != to_side:
+      params = latent.resize_params(params, from_side, to_side)
+    stacked = latent.STACKED in params
+    if stacked and not config.model.scan_blocks:
+      params = latent.unstack_blocks(params)
+    elif not stacked and config.model.scan_blocks:
+      params = latent.stack_blocks(params)
+  native.check_tree(params, parameter_shapes(config), path)
+  return params
+
+
+def write_weights(
+  path: str | os.PathLike,
+  params: Mapping,
+  config: config_dict.ConfigDict,
+  *,
+  step: int,
+  ema: str,
+  layout: str = "native",
+) -> None:
+  """Writes parameters in the "native" or the "official" layout.
+
+  Args:
+    path: ends in .safetensors.
+    params: tree of arrays of the config's network.
+    config: of the network and the sampler.
+    step: training steps taken.
+    ema: name of the average, "none" for raw parameters.
+    layout: only latent models have the official one.
+  """
+  if layout == "native":
+    header = {
+      "config": config.to_json_best_effort(),
+      "step": str(step),
+      "ema": ema,
+    }
+    native.save(path, params, header)
+    return
+  if config.model.name != "latent_diffit":
+    raise UserError(
+      f"model.name={config.model.name!r} has no official layout: the release"
+      " holds the latent model only; use --layout=native"
+    )
+  params = jax.tree.map(np.asarray, params)
+  official.save_official(path, models.make_model(config.model), params)
+
+
+def parameter_shapes(config: Mapping) -> dict:
+  """Abstract parameters of a config's network."""
+  model, side = models.make_model(config["model"]), config["data"]["resolution"]
+  x = jax.ShapeDtypeStruct((1, side, side, model.channels), "float32")
+  time = jax.ShapeDtypeStruct((1,), "float32")
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return jax.eval_shape(model.init, key, x, time)["params"]
+
+
+def _check_sizes(path, model, config: Mapping, ignore: tuple = ()) -> None:
+  if config["model"]["name"] != "latent_diffit":
+    raise UserError(
+      f"{path} holds a latent model, and the config's model.name is"
+      f" {config['model']['name']!r}: use configs/imagenet256.py or 512"
+    )
+  wanted = models.make_model(config["model"])
+  different = [
+    f"{field} is {getattr(model, field)} there and {getattr(wanted, field)} in"
+    " the config"
+    for field in _SIZES
+    if field not in ignore and getattr(model, field) != getattr(wanted, field)
+  ]
+  if different:
+    raise UserError(f"{path} is of another network: {'; '.join(different)}")

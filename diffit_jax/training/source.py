@@ -1,0 +1,94 @@
+"""Where a run's batches come from: images, prepared latents, or both.
+
+A latent model trains on the moments (mean and log-variance) that a VAE gave.
+These come with the data set, or from images that are encoded on the devices
+just before the step, by a program of its own.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import config_dict
+
+from diffit_jax.autoencoder import Autoencoder
+from diffit_jax.autoencoder.patch_code import PatchCode
+from diffit_jax.data import pipeline
+from diffit_jax.errors import UserError
+from diffit_jax.parallel import mesh as mesh_lib
+
+Codec = Autoencoder | PatchCode
+Encoder = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
+CONTENTS = ("latents", "images")
+
+
+def open_training_set(
+  config: config_dict.ConfigDict, data_dir: str | None, codec: Codec | None
+) -> pipeline.Dataset:
+  """Opens the config's data set and checks that it fits the config.
+
+  Args:
+    config: the resolved config.
+    data_dir: of the prepared data sets; None is $TFDS_DATA_DIR.
+    codec: the autoencoder, where one was given.
+  """
+  data, side = config.data, config.data.resolution
+  channels = config.model.channels
+  encodes = is_encoding(config)
+  if encodes and codec is None:
+    raise UserError(
+      "data.content='images' needs the VAE that encodes them: give its"
+      " diffusers folder as --vae=..., or train from prepared latents"
+    )
+  dataset = pipeline.open_dataset(data.name, data_dir, data.split)
+  if encodes:
+    side *= codec.down_factor
+    is_patch = isinstance(codec, PatchCode)
+    channels = channels // codec.down_factor**2 if is_patch else 3
+  if encodes or config.diffusion.kind == "edm":
+    pipeline.check_matches(dataset, side, channels, data.num_classes)
+  else:
+    pipeline.check_latents(
+      dataset,
+      side,
+      channels,
+      data.num_classes,
+      vae_hash=codec.hash if codec else None,
+      scaling_factor=config.autoencoder.scaling_factor,
+    )
+  return dataset
+
+
+def is_encoding(config: config_dict.ConfigDict) -> bool:
+  """Whether images are encoded on the fly."""
+  if config.diffusion.kind == "edm":
+    return False
+  if config.data.content not in CONTENTS:
+    raise UserError(
+      f"data.content={config.data.content!r}: use one of {CONTENTS}"
+    )
+  return config.data.content == "images"
+
+
+def make_encoder(codec: Codec, mesh: Mesh) -> Encoder:
+  """Jits batches with "image" [b, H, W, ch] uint8 into batches with "moments".
+
+  Args:
+    codec: its weights are copied to every device once.
+    mesh: the batch is split over all of it.
+  """
+  whole, split = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
+  params = jax.device_put(codec.params, whole)
+
+  def encode(params, images):
+    x = images.astype(jnp.float32) / 127.5 - 1
+    return jnp.concatenate(codec.encode_fn(params, x), axis=-1)
+
+  run = jax.jit(encode, in_shardings=(whole, split), out_shardings=split)
+
+  def encode_batch(batch):
+    rest = {name: x for name, x in batch.items() if name != "image"}
+    return {**rest, "moments": run(params, batch["image"])}
+
+  return encode_batch
