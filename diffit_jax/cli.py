@@ -150,6 +150,7 @@ class SamplingFlags:
   solver: flags.FlagHolder
   steps: flags.FlagHolder
   guidance_scale: flags.FlagHolder
+  guidance_tolerance: flags.FlagHolder
   labels: flags.FlagHolder
   seed: flags.FlagHolder
   num: flags.FlagHolder
@@ -158,7 +159,7 @@ class SamplingFlags:
 
   def apply(self, sampler) -> None:
     """Writes the flags that were given over the config's sampler section."""
-    for name in ("solver", "steps", "guidance_scale"):
+    for name in ("solver", "steps", "guidance_scale", "guidance_tolerance"):
       value = getattr(self, name).value
       if value is not None:
         sampler[name] = value
@@ -171,6 +172,13 @@ def define_sampling_flags() -> SamplingFlags:
     steps=flags.DEFINE_integer("steps", None, "Default: the config's."),
     guidance_scale=flags.DEFINE_float(
       "guidance_scale", None, "1 is off. Default: the config's."
+    ),
+    guidance_tolerance=flags.DEFINE_float(
+      "guidance_tolerance",
+      None,
+      "Where the scale is within this of 1, the network runs without its"
+      " unconditional half. Default: the config's, or 0.",
+      0.0,
     ),
     labels=flags.DEFINE_string(
       "labels",

@@ -137,6 +137,8 @@ class SamplerOptions:
       if name.startswith("guidance_")
     }
     tolerance = cfg.pop("tolerance", 0.0)
+    if "channels" in cfg:
+      cfg["channels"] = cfg["channels"] or "all"
     if "interval" in cfg:
       cfg["interval"] = tuple(cfg["interval"]) or None
     solver = fields.pop("solver")

@@ -18,12 +18,13 @@ def dry_run(config: config_dict.ConfigDict) -> str:
   program = program_lib.build(config)
   params = program.abstract.params
   num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-  memory = _memory(config, program)
+  memory, macs = _memory(config, program), forward_macs(config, program)
   lines = [
     str(config),
     parameter_overview.get_parameter_overview(params, include_stats="sharding"),
     f"parameters:          {num_params:,}",
-    f"MACs per image:      {forward_macs(config, program):,} (one forward)",
+    f"MACs per image:      {macs.total:,} (one forward), of which"
+    f" {macs.attention:,} attention products",
     f"devices:             {program.mesh.size}"
     f" {jax.devices()[0].device_kind}, mesh {dict(program.mesh.shape)}",
     f"images per device:   {config.batch_size // program.mesh.size}",
@@ -34,7 +35,7 @@ def dry_run(config: config_dict.ConfigDict) -> str:
   return "\n".join(lines)
 
 
-def forward_macs(config: config_dict.ConfigDict, program) -> int:
+def forward_macs(config: config_dict.ConfigDict, program) -> cost.Macs:
   """Multiply-accumulates of one network evaluation of one image."""
   side = config.data.resolution
   x = jnp.zeros((1, side, side, program.model.channels))

@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
-from safetensors.numpy import save_file
 import tensorflow_datasets as tfds
 
 import commands
@@ -26,7 +25,7 @@ from diffit_jax.data import dataset as dataset_lib
 from diffit_jax.data import pipeline, preparation, shards
 from diffit_jax.data.builders import image_folder, imagenet_latents
 from diffit_jax.errors import UserError
-from diffit_jax.interop import diffusers
+from tiny_vae import write_vae
 
 SIDE = 16  # of the images; 4 of the latents
 CLASSES = ["n02", "n01", "n10"]  # ranks 1, 0, 2
@@ -36,36 +35,15 @@ ORDER = [
   *[0, 21, 2, 11, 20, 17, 9, 1, 8, 13, 5, 16],
   *[19, 22, 4, 3, 12, 10, 15, 14, 6, 18, 7],
 ]
-SIZES = {
-  "block_out_channels": [4, 8, 8],
-  "layers_per_block": 1,
-  "norm_num_groups": 2,
-  "latent_channels": 3,
-}
-
-
-def _write_vae(folder: pathlib.Path, seed: int, **config) -> pathlib.Path:
-  """A VAE of random weights that divides sides by 4."""
-  sizes = SIZES | {"block_out_channels": tuple(SIZES["block_out_channels"])}
-  shapes = autoencoder.abstract_params(autoencoder.AutoencoderKL(**sizes))
-  rng = np.random.default_rng(seed)
-  tensors = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-    name = diffusers.tensor_name(tuple(part.key for part in path))
-    shape = diffusers._file_shape(leaf.shape)
-    tensors[name] = rng.normal(0, 0.3, shape).astype(np.float32)
-  folder.mkdir()
-  (folder / "config.json").write_text(json.dumps(SIZES | config))
-  save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
-  return folder
+BLOCKS = {"block_out_channels": [4, 8, 8], "latent_channels": 3}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   """Holds `vae`, `other_vae`, and `images`: 23 in three classes."""
   root = tmp_path_factory.mktemp("latents")
-  _write_vae(root / "vae", 0)
-  _write_vae(root / "other_vae", 1)
+  write_vae(root / "vae", 0, **BLOCKS)
+  write_vae(root / "other_vae", 1, **BLOCKS)
   rng = np.random.default_rng(0)
   for number in range(23):
     path = root / "images" / CLASSES[number % 3] / f"{number:02d}.png"

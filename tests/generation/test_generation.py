@@ -159,14 +159,14 @@ class TestJob:
     assert kept.stat().st_mtime_ns == before
 
   def test_sigterm_ends_between_batches(self, loaded, tmp_path, monkeypatch):
-    real = job.write_png
+    real = job._write_batch
 
-    def write_png(path, image):
-      real(path, image)
+    def write_batch(*args):
       os.kill(os.getpid(), signal.SIGTERM)
+      return real(*args)
 
     with monkeypatch.context() as patch:
-      patch.setattr(job, "write_png", write_png)
+      patch.setattr(job, "_write_batch", write_batch)
       assert run_job(loaded, tmp_path) is None
     assert len(list((tmp_path / "images").iterdir())) == 4
     assert run_job(loaded, tmp_path) is not None
