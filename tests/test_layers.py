@@ -1,0 +1,111 @@
+"""Imports point one way, and heavy packages are imported only where used."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from commands import ROOT
+
+PACKAGE = ROOT / "diffit_jax"
+LEAVES = {"errors", "progress", "stop"}  # anyone may use these
+# What each part may import of the others; entry points may import all.
+MAY_IMPORT = {
+  "models": set(),
+  "diffusion": set(),
+  "data": set(),
+  "parallel": set(),
+  "autoencoder": {"interop"},  # reads diffusers' files
+  "sampling": {"diffusion"},
+  "interop": {"models"},
+  "generation": {
+    *("models", "diffusion", "sampling", "parallel", "interop"),
+    "training",  # reads checkpoints
+  },
+  "training": {
+    *("models", "diffusion", "data", "autoencoder", "parallel", "interop"),
+    "sampling",  # pictures of sample grids
+  },
+}
+
+
+def imports_of(path: pathlib.Path) -> set[str]:
+  """Parts of diffit_jax that a file imports, anywhere in it."""
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      names = [f"{node.module}.{alias.name}" for alias in node.names]
+    else:
+      continue
+    for name in names:
+      top, *rest = name.split(".")
+      if top == "diffit_jax" and rest:
+        found.add(rest[0])
+  return found
+
+
+def test_every_part_is_listed():
+  parts = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
+  assert parts == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("part", sorted(MAY_IMPORT))
+def test_imports_point_one_way(part):
+  for path in (PACKAGE / part).rglob("*.py"):
+    extra = imports_of(path) - MAY_IMPORT[part] - LEAVES - {part}
+    assert not extra, f"{path.relative_to(ROOT)} imports {extra}"
+
+
+def test_there_is_no_cycle():
+  done: list[str] = []
+  waiting = dict(MAY_IMPORT)
+  while waiting:
+    free = [part for part in waiting if waiting[part] <= set(done)]
+    assert free, f"a cycle among {sorted(waiting)}"
+    done += free
+    waiting = {part: waiting[part] for part in waiting if part not in free}
+
+
+def test_configs_know_nothing_of_the_package():
+  for path in (ROOT / "configs").glob("*.py"):
+    assert not imports_of(path), path
+
+
+def loaded(code: str) -> set[str]:
+  """Which of the heavy packages a program has imported at its end."""
+  heavy = "{'jax', 'tensorflow', 'orbax', 'tensorflow_datasets', 'torch'}"
+  out = subprocess.run(
+    [
+      sys.executable,
+      "-c",
+      f"import sys; {code}; print({heavy} & {{*sys.modules}})",
+    ],
+    capture_output=True,
+    check=True,
+    text=True,
+  ).stdout
+  return ast.literal_eval(out.strip().replace("set()", "{}") or "{}") or set()
+
+
+def test_the_check_sees_what_is_imported():
+  assert loaded("import jax") == {"jax"}
+
+
+@pytest.mark.parametrize(
+  "entry", ["main", "sample", "export", "prepare", "demo"]
+)
+def test_entry_points_are_light_until_they_work(entry):
+  assert loaded(f"import diffit_jax.{entry}") == set()
+
+
+def test_sampling_and_export_never_import_tensorflow():
+  code = (
+    "import diffit_jax.generation.job, diffit_jax.generation.weights,"
+    " diffit_jax.interop.files, diffit_jax.training.checkpoint,"
+    " diffit_jax.autoencoder.codec"
+  )
+  assert "tensorflow" not in loaded(code)
