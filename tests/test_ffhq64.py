@@ -1,4 +1,4 @@
-"""FFHQ-64 from a folder of images: prepare, train, resume, sample."""
+"""The real FFHQ-64 network on a folder of images: train, resume, sample."""
 
 import numpy as np
 from PIL import Image
@@ -24,36 +24,20 @@ def faces(tmp_path_factory) -> str:
   return f"{root}/data"
 
 
-def train_resume_sample(faces, folder, config, steps=2):
-  """Trains one step, resumes for another, samples two images."""
+@pytest.mark.slow
+def test_44_8_million_parameters_train_resume_and_sample(faces, tmp_path):
   run = (
-    f"main --config={config} --workdir={folder}/run --data_dir={faces}"
+    f"main --config=configs/ffhq64.py --workdir={tmp_path}/run"
+    f" --data_dir={faces} --config.batch_size=2 --config.num_threads=1"
     " --config.save_every_steps=1 --config.sample_every_steps=0"
   )
   commands.succeed(f"{run} --config.total_steps=1")
   err = commands.run(f"{run} --config.total_steps=2").stderr
   assert "resuming at step 1 of 2" in err, err[-3000:]
   commands.succeed(
-    f"sample --workdir={folder}/run --out={folder}/out --num=2 --steps={steps}"
+    f"sample --workdir={tmp_path}/run --out={tmp_path}/out --num=2 --steps=2"
     " --batch_size=2"
   )
-  with np.load(f"{folder}/out/samples_2x64x64x3.npz") as file:
+  with np.load(f"{tmp_path}/out/samples_2x64x64x3.npz") as file:
     assert file["arr_0"].shape == (2, 64, 64, 3) and "arr_1" not in file
     assert file["arr_0"].std() > 1
-
-
-def test_debug_form(faces, tmp_path):
-  train_resume_sample(faces, tmp_path, "configs/ffhq64.py:debug")
-  line = commands.last_error(
-    f"sample --workdir={tmp_path}/run --out={tmp_path}/x --labels=3"
-  )
-  assert "unconditional model" in line
-
-
-@pytest.mark.slow
-def test_the_real_network_of_44_8_million_parameters(faces, tmp_path):
-  train_resume_sample(
-    faces,
-    tmp_path,
-    "configs/ffhq64.py --config.batch_size=2 --config.num_threads=1",
-  )
