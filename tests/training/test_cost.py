@@ -1,0 +1,69 @@
+"""Multiply-accumulates against closed forms and the published figures."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import imagenet256, imagenet512
+from diffit_jax import models
+from diffit_jax.interop import files
+from diffit_jax.models import latent
+from diffit_jax.training import cost, report
+from diffit_jax.training import program as program_lib
+
+
+def test_products_convolutions_and_loops():
+  dense = lambda x, w: x @ w
+  macs = cost.count_macs(dense, jnp.ones((5, 3)), jnp.ones((3, 7)))
+  assert (macs.total, macs.attention) == (5 * 3 * 7, 0)
+  batched = lambda q, k: jnp.einsum("hnd,hmd->hnm", q, k)
+  macs = cost.count_macs(batched, jnp.ones((2, 5, 3)), jnp.ones((2, 7, 3)))
+  assert (macs.total, macs.attention) == (2 * 5 * 3 * 7, 2 * 5 * 3 * 7)
+  conv = lambda x, w: jax.lax.conv_general_dilated(
+    x, w, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+  macs = cost.count_macs(conv, jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 5)))
+  assert macs.total == 4 * 4 * 5 * 3 * 3 * 3
+  loop = lambda x, w: jax.lax.scan(lambda c, _: (c @ w, None), x, length=6)[0]
+  macs = cost.count_macs(jax.jit(loop), jnp.ones((5, 3)), jnp.ones((3, 3)))
+  assert macs.total == 6 * 5 * 3 * 3
+
+
+@pytest.mark.parametrize(
+  "config, without_attention, total",
+  [  # GMAC; the first is the "114 GFLOPs" of the paper's Table 9
+    (imagenet256.get_config(), 114.279, 118.507),
+    (imagenet256.get_config("depth=paper_text"), 122.441, 126.971),
+    (imagenet512.get_config(), 456.778, 524.424),
+    (imagenet512.get_config("depth=paper_text"), 489.401, 561.879),
+  ],
+  ids=["256", "256-30", "512", "512-30"],
+)
+def test_latent_model(config, without_attention, total):
+  program = program_lib.build(config, jax.devices()[:1])
+  macs = report.forward_macs(config, program)
+  assert round(macs.without_attention / 1e9, 3) == without_attention
+  assert round(macs.total / 1e9, 3) == total
+  formula = latent.macs(program.model)
+  assert formula["with_attention"] == macs.total
+  assert formula["attention"] == macs.attention
+
+
+@pytest.mark.parametrize(
+  "config, trainable",
+  [
+    (imagenet256.get_config(), 561_035_232),
+    (imagenet256.get_config("depth=paper_text"), 600_906_752),
+    (imagenet512.get_config(), 562_382_816),
+    (imagenet512.get_config("depth=paper_text"), 602_350_592),
+  ],
+  ids=["256", "256-30", "512", "512-30"],
+)
+def test_parameter_counts_of_the_configs(config, trainable):
+  shapes = files.parameter_shapes(config)
+  assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == trainable
+  positions = models.make_model(config.model).grid ** 2 * 1152
+  assert trainable + positions in (  # with the fixed position table
+    *(561_330_144, 601_201_664),
+    *(563_562_464, 603_530_240),
+  )
