@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from ml_collections import config_dict
 import numpy as np
 
+from diffit_jax.models import LatentDiffiT
 from diffit_jax.training import cost
 from diffit_jax.training import program as program_lib
 from diffit_jax.training import state as state_lib
@@ -22,7 +23,7 @@ def dry_run(config: config_dict.ConfigDict) -> str:
   lines = [
     str(config),
     parameter_overview.get_parameter_overview(params, include_stats="sharding"),
-    f"parameters:          {num_params:,}",
+    f"parameters:          {num_params:,}{_positions(program.model)}",
     f"MACs per image:      {macs.total:,} (one forward), of which"
     f" {macs.attention:,} attention products",
     f"devices:             {program.mesh.size}"
@@ -33,6 +34,13 @@ def dry_run(config: config_dict.ConfigDict) -> str:
     f" {memory['temporaries'] / _MIB:,.1f} MiB temporaries",
   ]
   return "\n".join(lines)
+
+
+def _positions(model) -> str:
+  """The latent model's position table, which others count as parameters."""
+  if not isinstance(model, LatentDiffiT):
+    return ""
+  return f" (+ {model.grid**2 * model.hidden_dim:,} fixed positions)"
 
 
 def forward_macs(config: config_dict.ConfigDict, program) -> cost.Macs:
