@@ -95,6 +95,7 @@ class _Run:
       directory,
     )
     self.monitor = state.new_monitor(program.mesh)
+    self._clock = self._clock_step = None
     self.writer = metrics.Writer(directory)
     self.param_norm = jax.jit(optax.tree.norm)
 
@@ -129,7 +130,6 @@ class _Run:
     every = lambda n: n and (self.step % n == 0 or self.step == total)
     try:
       with Progress(total, "training", "steps", self.step) as progress:
-        self._start_clock()
         while self.step < total and not stop.requested:
           batch = mesh_lib.put_batch(self.program.mesh, next(batches))
           self.state, self.monitor = self.program.train_step(
@@ -137,6 +137,8 @@ class _Run:
           )
           self.step += 1
           progress.update()
+          if self._clock is None:  # the first call compiled
+            self._start_clock()
           if every(config.log_every_steps):
             self._log()
           if every(config.sample_every_steps) and self.sampler:
@@ -172,7 +174,6 @@ class _Run:
     self.checkpoints.check()
     config, step = self.config, self.step
     monitor = jax.device_get(self.monitor)  # waits for the device
-    seconds = (time.monotonic() - self._clock) / (step - self._clock_step)
     last = np.int32(step - 1)
     scalars = {
       "loss": monitor.loss / monitor.steps,
@@ -181,9 +182,12 @@ class _Run:
       "learning_rate": optimizer.learning_rate(
         config.optimizer, last, config.batch_size
       ),
-      "seconds_per_step": seconds,
-      "images_per_second": config.batch_size / seconds,
     }
+    timed = step - self._clock_step
+    if timed:
+      seconds = (time.monotonic() - self._clock) / timed
+      scalars["seconds_per_step"] = seconds
+      scalars["images_per_second"] = config.batch_size / seconds
     for name, rule in config.ema.items():
       scalars[f"ema_decay/{name}"] = ema.decay(rule, last, config.batch_size)
     self.writer.scalars(step, {k: float(v) for k, v in scalars.items()})
