@@ -30,7 +30,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
     debug=(False, True),
   )
   config = config_dict.ConfigDict()
-  config.name = common.run_name("ffhq64", arg)
+  config.name = common.run_name("ffhq64", arg)  # runs/<name> is the workdir
   config.seed = 0  # of initial weights, data order and every draw
   config.batch_size = 256  # images per step over all devices
   config.total_steps = 781_250  # x 256 = 200 million images, as EDM
@@ -39,13 +39,13 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
 
   config.data = config_dict.ConfigDict()
   config.data.name = "ffhq64"  # folder under --data_dir
-  config.data.split = "train"
+  config.data.split = "train"  # of the TFDS data set
   config.data.resolution = 64  # pixels per side
   config.data.num_classes = 0  # classes the model is told; 0 ignores labels
   config.data.flip = False  # mirror on loading; the augmentation has flips
 
   config.model = config_dict.ConfigDict()
-  config.model.name = "image_diffit"
+  config.model.name = "image_diffit"  # the U-shaped network
   config.model.channels = 3  # of the images
   config.model.base_channels = 128  # width that channel_mult multiplies
   config.model.channel_mult = (1, 2, 2, 2)  # one per level
@@ -68,44 +68,45 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
     config.matmul_precision = "default"
 
   config.diffusion = config_dict.ConfigDict()
-  config.diffusion.kind = "edm"
+  config.diffusion.kind = "edm"  # Karras et al. 2022
   config.diffusion.sigma_data = 0.5  # std of the images in [-1, 1]
-  config.diffusion.P_mean = -1.2  # of ln sigma in training
-  config.diffusion.P_std = 1.2
+  config.diffusion.P_mean = -1.2  # mean of ln sigma in training
+  config.diffusion.P_std = 1.2  # its standard deviation
   config.diffusion.augment_prob = 0.15  # of each augmentation but the x-flip
   config.diffusion.label_drop_prob = 0.0  # for guidance; no labels here
 
   config.optimizer = config_dict.ConfigDict()
-  config.optimizer.name = "adam"
-  config.optimizer.learning_rate = 2e-4
+  config.optimizer.name = "adam"  # adam or adamw
+  config.optimizer.learning_rate = 2e-4  # after the ramp
   config.optimizer.rampup_images = 10_000_000  # linear ramp of the rate
-  config.optimizer.b1 = 0.9
-  config.optimizer.b2 = 0.999
-  config.optimizer.eps = 1e-8
-  config.optimizer.weight_decay = 0.0
+  config.optimizer.b1 = 0.9  # decay of the first moment
+  config.optimizer.b2 = 0.999  # decay of the second moment
+  config.optimizer.eps = 1e-8  # added to the root of the second
+  config.optimizer.weight_decay = 0.0  # decoupled; adamw only
   config.optimizer.clip_norm = 0.0  # 0 is off
   config.optimizer.sanitise_gradients = True  # NaN to 0, inf to 1e5
 
   config.ema = config_dict.ConfigDict()  # one entry per average, by name
   config.ema.edm = config_dict.ConfigDict()
-  config.ema.edm.kind = "halflife"
-  config.ema.edm.halflife_images = 500_000
+  config.ema.edm.kind = "halflife"  # or constant, with a field decay
+  config.ema.edm.halflife_images = 500_000  # images to forget one half
   config.ema.edm.rampup_ratio = 0.05  # of images seen, at the start
 
   config.sampler = config_dict.ConfigDict()
-  config.sampler.solver = "edm_heun"
+  config.sampler.solver = "edm_heun"  # EDM, Algorithm 2
   config.sampler.steps = 40  # 79 network evaluations
   config.sampler.guidance_scale = 1.0  # 1 is no guidance
+  config.sampler.solver_options = ""  # as S_churn=40,S_noise=1.003
   config.sampler.num_grid = 64  # images of a sample grid during training
 
   config.mesh = config_dict.ConfigDict()
   config.mesh.data = -1  # devices that hold a copy; -1 is the rest
   config.mesh.fsdp = 1  # devices that share one copy of the state
 
-  config.num_threads = 8  # that read and decode images
-  config.log_every_steps = 100
+  config.num_threads = 4  # batches decoded at the same time
+  config.log_every_steps = 100  # metrics; the only waits for the device
   config.sample_every_steps = 10_000  # grid of EMA samples; 0 for none
-  config.save_every_steps = 5_000
+  config.save_every_steps = 5_000  # checkpoints
   config.keep_checkpoints = 3  # newest that stay
   config.keep_every_steps = 100_000  # these stay for ever; 0 for none
 

@@ -34,7 +34,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
     debug=(False, True),
   )
   config = config_dict.ConfigDict()
-  config.name = common.run_name("imagenet256", arg)
+  config.name = common.run_name("imagenet256", arg)  # runs/<name>
   config.seed = 0  # of initial weights, data order and every draw
   config.batch_size = 256  # images per step over all devices
   config.total_steps = 7_000_000  # the paper does not say; DiT's length
@@ -42,10 +42,10 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
 
   config.data = config_dict.ConfigDict()
   config.data.name = "imagenet256_latents"  # folder under --data_dir
-  config.data.split = "train"
+  config.data.split = "train"  # of the TFDS data set
   config.data.content = variant.data  # latents, or images to encode
   config.data.resolution = 32  # side of a latent: pixels / 8
-  config.data.num_classes = 1000
+  config.data.num_classes = 1000  # that the model is told
   config.data.flip = True  # the mirror image's latent half of the time
   if variant.data == "images":
     config.data.name = "imagenet256"  # prepare image_folder --crop=adm
@@ -56,54 +56,55 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.autoencoder.scaling_factor = 0.18215  # latents are multiplied by it
 
   config.model = config_dict.ConfigDict()
-  config.model.name = "latent_diffit"
+  config.model.name = "latent_diffit"  # the flat transformer
   config.model.input_size = 32  # side of a latent
-  config.model.patch_size = 2
-  config.model.channels = 4
-  config.model.hidden_dim = 1152
+  config.model.patch_size = 2  # side of the squares that become tokens
+  config.model.channels = 4  # of a latent
+  config.model.hidden_dim = 1152  # width of the tokens
   config.model.depth = 28 if variant.depth == 28 else 30
-  config.model.num_heads = 16
-  config.model.mlp_ratio = 4
-  config.model.num_classes = 1000
-  config.model.learn_sigma = True
+  config.model.num_heads = 16  # 72 wide
+  config.model.mlp_ratio = 4  # hidden over token width
+  config.model.num_classes = 1000  # one more row is "no class"
+  config.model.learn_sigma = True  # twice the output channels
   config.model.dtype = "bfloat16"  # of the blocks; state is float32
   config.model.remat = "dots"  # none, dots or full: what backward recomputes
-  config.model.scan_blocks = True
-  config.matmul_precision = "default"
+  config.model.scan_blocks = True  # one compiled block for all
+  config.matmul_precision = "default"  # of float32 products
   if variant.precision == "paper":
     config.model.dtype = "float32"
     config.matmul_precision = "highest"
 
   config.diffusion = config_dict.ConfigDict()
-  config.diffusion.kind = "adm"
-  config.diffusion.num_steps = 1000
+  config.diffusion.kind = "adm"  # Dhariwal and Nichol 2021
+  config.diffusion.num_steps = 1000  # of the training schedule
   config.diffusion.label_drop_prob = 0.1  # for guidance
 
   config.optimizer = config_dict.ConfigDict()
-  config.optimizer.name = "adamw"
-  config.optimizer.learning_rate = 3e-4
-  config.optimizer.rampup_images = 0
-  config.optimizer.b1 = 0.9
-  config.optimizer.b2 = 0.999
-  config.optimizer.eps = 1e-8
-  config.optimizer.weight_decay = 0.0
+  config.optimizer.name = "adamw"  # adam or adamw
+  config.optimizer.learning_rate = 3e-4  # constant
+  config.optimizer.rampup_images = 0  # 0 for no ramp
+  config.optimizer.b1 = 0.9  # decay of the first moment
+  config.optimizer.b2 = 0.999  # decay of the second moment
+  config.optimizer.eps = 1e-8  # added to the root of the second
+  config.optimizer.weight_decay = 0.0  # decoupled
   config.optimizer.clip_norm = 0.0  # 0 is off
-  config.optimizer.sanitise_gradients = False
+  config.optimizer.sanitise_gradients = False  # EDM's rule
 
   config.ema = config_dict.ConfigDict()  # one entry per average, by name
   config.ema.constant = config_dict.ConfigDict()
-  config.ema.constant.kind = "constant"
-  config.ema.constant.decay = 0.9999
+  config.ema.constant.kind = "constant"  # or halflife
+  config.ema.constant.decay = 0.9999  # per step
 
   config.sampler = config_dict.ConfigDict()
   config.sampler.solver = "ddpm"  # ddpm, ddim, dpmpp_2m or unipc
-  config.sampler.steps = 250
-  config.sampler.guidance_scale = variant.guidance
-  config.sampler.guidance_schedule = "power_cosine"
-  config.sampler.guidance_power = 4.0
+  config.sampler.steps = 250  # network evaluations
+  config.sampler.guidance_scale = variant.guidance  # 1 is off
+  config.sampler.guidance_schedule = "power_cosine"  # or constant
+  config.sampler.guidance_power = 4.0  # of the cosine's argument
   config.sampler.guidance_channels = 3  # the first so many; 0 for all
   config.sampler.guidance_interval = ()  # (low, high) timesteps; () everywhere
   config.sampler.guidance_tolerance = 0.0  # skip where |scale - 1| is below
+  config.sampler.solver_options = ""  # as eta=1,spacing=trailing for ddim
   config.sampler.num_grid = 16  # images of a sample grid during training
 
   config.mesh = config_dict.ConfigDict()
@@ -111,9 +112,9 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.mesh.fsdp = 1  # devices that share one copy of the state
 
   config.num_threads = 4  # batches decoded at the same time
-  config.log_every_steps = 100
+  config.log_every_steps = 100  # metrics; the only waits for the device
   config.sample_every_steps = 50_000  # grid of EMA samples; 0 for none
-  config.save_every_steps = 10_000
+  config.save_every_steps = 10_000  # checkpoints
   config.keep_checkpoints = 3  # newest that stay
   config.keep_every_steps = 500_000  # these stay for ever; 0 for none
 

@@ -143,14 +143,24 @@ def require_one_of(**values: str | None) -> None:
     raise UserError(f"give {'exactly one of ' * (len(values) > 1)}{names}")
 
 
+# Flags that replace the config's sampler fields of the same name.
+_SAMPLER_FIELDS = (
+  "solver",
+  "steps",
+  "solver_options",
+  "guidance_scale",
+  "guidance_schedule",
+  "guidance_power",
+  "guidance_channels",
+  "guidance_interval",
+  "guidance_tolerance",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingFlags:
   """The sampling flags that all entry points share."""
 
-  solver: flags.FlagHolder
-  steps: flags.FlagHolder
-  guidance_scale: flags.FlagHolder
-  guidance_tolerance: flags.FlagHolder
   labels: flags.FlagHolder
   seed: flags.FlagHolder
   num: flags.FlagHolder
@@ -159,33 +169,67 @@ class SamplingFlags:
 
   def apply(self, sampler) -> None:
     """Writes the flags that were given over the config's sampler section."""
-    for name in ("solver", "steps", "guidance_scale", "guidance_tolerance"):
-      value = getattr(self, name).value
-      if value is not None:
+    with sampler.unlocked():
+      for name in _SAMPLER_FIELDS:
+        value = flags.FLAGS[name].value
+        if value is None:
+          continue
+        if name == "guidance_interval":
+          value = _interval(value)
         sampler[name] = value
+
+
+def _interval(text: list[str]) -> tuple[float, ...]:
+  try:
+    return tuple(float(end) for end in text)
+  except ValueError as error:
+    raise UserError(
+      f"--guidance_interval={','.join(text)}: write two noise levels as 100,600"
+    ) from error
 
 
 def define_sampling_flags() -> SamplingFlags:
   """Defines the flags of `SamplingFlags`, once per program."""
+  flags.DEFINE_string("solver", None, "Default: the config's.")
+  flags.DEFINE_integer("steps", None, "Default: the config's.")
+  flags.DEFINE_string(
+    "solver_options",
+    None,
+    "Of the solver, as eta=1,spacing=trailing for ddim or S_churn=40 for"
+    " edm_heun. Default: the config's.",
+  )
+  flags.DEFINE_float("guidance_scale", None, "1 is off. Default: the config's.")
+  flags.DEFINE_enum(
+    "guidance_schedule",
+    None,
+    ["constant", "power_cosine"],
+    "Default: the config's, or constant.",
+  )
+  flags.DEFINE_float("guidance_power", None, "Of the power-cosine schedule.")
+  flags.DEFINE_integer(
+    "guidance_channels", None, "The first so many are guided; 0 for all.", 0
+  )
+  flags.DEFINE_list(
+    "guidance_interval",
+    None,
+    "low,high: noise levels (timesteps, or sigma) outside of which there is no"
+    " guidance.",
+  )
+  flags.DEFINE_float(
+    "guidance_tolerance",
+    None,
+    "Where the scale is within this of 1, the network runs without its"
+    " unconditional half. Default: the config's, or 0.",
+    0.0,
+  )
   return SamplingFlags(
-    solver=flags.DEFINE_string("solver", None, "Default: the config's."),
-    steps=flags.DEFINE_integer("steps", None, "Default: the config's."),
-    guidance_scale=flags.DEFINE_float(
-      "guidance_scale", None, "1 is off. Default: the config's."
-    ),
-    guidance_tolerance=flags.DEFINE_float(
-      "guidance_tolerance",
-      None,
-      "Where the scale is within this of 1, the network runs without its"
-      " unconditional half. Default: the config's, or 0.",
-      0.0,
-    ),
     labels=flags.DEFINE_string(
       "labels",
       "random",
-      "Classes such as 3, 0,1,2 or 0-9, dealt out in turn, or random.",
+      "Classes such as 3, 0,1,2 or 0-9, dealt out in turn, or random. The"
+      " number of classes stands for no class.",
     ),
-    seed=flags.DEFINE_integer("seed", 0, "Of all random draws.", 0),
+    seed=flags.DEFINE_integer("seed", 0, "Of all random draws.", 0, 2**32 - 1),
     num=flags.DEFINE_integer("num", 64, "Number of images.", 1),
     ema=flags.DEFINE_string(
       "ema",

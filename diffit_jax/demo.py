@@ -32,6 +32,7 @@ _CONFIG_ARG = flags.DEFINE_string(
   "variant", "", "Variants of the config, as debug."
 )
 _NUM = 500
+_CLOCK = "demo_train_seconds.json"
 
 
 def main() -> int:
@@ -42,7 +43,7 @@ def main() -> int:
     _CONFIG_ARG.value
   )
   if _FRESH.value:
-    shutil.rmtree(workdir, ignore_errors=True)
+    _forget(workdir)
   train_seconds = _train(config, workdir)
   if train_seconds is None:
     return cli.REQUEUE
@@ -57,7 +58,7 @@ def main() -> int:
   result = job.sample_to_folder(
       loaded, mesh, workdir / "demo", num=_NUM, seed=0, labels="0-9",
       batch_size=100,
-    codec=make_codec(loaded.config.get("autoencoder")),
+    codec=make_codec(loaded.config),
   )  # fmt: skip
   if result is None:
     return cli.REQUEUE
@@ -83,11 +84,13 @@ def main() -> int:
 
 def _train(config, workdir: pathlib.Path) -> float | None:
   """Trains where the run is not finished; seconds of all its training."""
+  from diffit_jax.training import workdir as workdir_lib
   from diffit_jax.training.checkpoint import list_steps
 
-  clock = workdir / "demo_train_seconds.json"
+  clock = workdir / _CLOCK
   spent = json.loads(clock.read_text()) if clock.exists() else 0.0
-  if config.total_steps in list_steps(workdir):
+  workdir_lib.check(workdir, config)
+  if list_steps(workdir)[-1:] == [config.total_steps]:
     print(f"already trained: {config.total_steps} steps", flush=True)
     return spent
   from diffit_jax.data import preparation
@@ -102,6 +105,14 @@ def _train(config, workdir: pathlib.Path) -> float | None:
   spent += time.monotonic() - start
   clock.write_text(json.dumps(spent))
   return spent if finished else None
+
+
+def _forget(workdir: pathlib.Path) -> None:
+  """Removes what a run of the demo writes, and nothing else."""
+  for name in ("checkpoints", "samples", "tensorboard", "demo", "damaged"):
+    shutil.rmtree(workdir / name, ignore_errors=True)
+  for name in ("config.json", "demo.json", _CLOCK, "parameters.txt"):
+    (workdir / name).unlink(missing_ok=True)
 
 
 def score(images: np.ndarray, labels: np.ndarray) -> tuple[float, float]:

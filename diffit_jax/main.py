@@ -42,9 +42,10 @@ def main() -> int:
 
     print(report.dry_run(config))
     return 0
-  from diffit_jax.generation.generator import make_grid_sampler
+  from diffit_jax.generation.generator import SamplerOptions, make_grid_sampler
   from diffit_jax.training.loop import train
 
+  SamplerOptions.from_config(config)  # a mistake in it would show late
   finished = train(
     config,
     _WORKDIR.value or f"runs/{config.name}",

@@ -53,6 +53,8 @@ def main() -> int:
       _CHECKPOINT.value, mesh, _SAMPLING.ema.value, config
     )
   _SAMPLING.apply(loaded.config.sampler)
+  codec = make_codec(loaded.config, _SAMPLING.vae.value)
+  weights.warn_of_another_vae(loaded.config, codec)
   result = job.sample_to_folder(
     loaded,
     mesh,
@@ -61,7 +63,7 @@ def main() -> int:
     seed=_SAMPLING.seed.value,
     labels=_SAMPLING.labels.value,
     batch_size=_BATCH_SIZE.value,
-    codec=make_codec(loaded.config.get("autoencoder"), _SAMPLING.vae.value),
+    codec=codec,
   )
   if result is None:
     return cli.REQUEUE

@@ -22,6 +22,7 @@ def folder(tmp_path_factory):
   write_vae(root / "vae", **blocks)
   write_vae(root / "other_vae", 1, **blocks)
   write_vae(root / "scaled_vae", scaling_factor=0.5, **blocks)
+  write_vae(root / "wide_vae", latent_channels=8, **blocks)
   rng = np.random.default_rng(0)
   for number in range(12):
     path = root / "images" / f"n{number % 3:08d}" / f"{number}.png"
@@ -117,6 +118,19 @@ def test_without_a_vae_latents_are_written_and_said_to_be(workdir, tmp_path):
     assert file["arr_0"].dtype == np.float32 and file["arr_0"].std() > 0
 
 
+def test_another_vae_is_warned_of_and_options_reach_the_solver(
+  workdir, folder, tmp_path
+):
+  done = commands.run(
+    f"sample --workdir={workdir} --out={tmp_path}/z --num=2 --solver=ddim"
+    f" --steps=4 --vae={folder}/other_vae --solver_options=eta=1"
+    " --guidance_interval=100,600 --guidance_channels=0 --labels=3"
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert "trained on latents of another VAE" in done.stderr
+  assert "eta=1" in (tmp_path / "z" / "sampling.json").read_text()
+
+
 def test_guidance_options_and_the_skipped_half(workdir, tmp_path):
   """Every solver, and the count of skipped evaluations."""
   for solver in ("ddim", "dpmpp_2m", "unipc"):
@@ -134,11 +148,15 @@ def test_guidance_options_and_the_skipped_half(workdir, tmp_path):
 @pytest.mark.parametrize(
   "options, message",
   [
-    ("--labels=3", "beyond the model's classes 0..2"),
+    ("--labels=4", "beyond the model's classes 0..2"),
     ("--steps=1001", "steps=1001 must be from 1 to 1000"),
     ("--steps=0", "steps=0"),
     ("--solver=edm_heun", "not for a model of diffusion.kind='adm'"),
+    ("--guidance_scale=nan", "must be finite"),
+    ("--guidance_interval=a,b", "write two noise levels"),
+    ("--solver_options=eta=1", "solver 'ddpm' has no option 'eta'"),
     ("--vae={folder}/images", "config.json"),
+    ("--vae={folder}/wide_vae", "makes 8 channels from 3"),
     ("--vae={folder}/scaled_vae", "scaling_factor 0.5.*0.18215"),
   ],
 )

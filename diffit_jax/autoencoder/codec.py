@@ -10,12 +10,13 @@ KINDS = ("sd_vae", "patch")
 
 
 def make_codec(
-  config: Mapping | None, vae: str | None = None
+  config: Mapping, vae: str | None = None
 ) -> Autoencoder | PatchCode | None:
-  """The autoencoder of `config.autoencoder`.
+  """The autoencoder of `config.autoencoder`, if the config has that section.
 
   Args:
-    config: kind, down_factor and scaling_factor; None for an image-space model.
+    config: the whole config; autoencoder (kind, down_factor, scaling_factor)
+      and model.channels are read.
     vae: diffusers folder of the SD VAE.
 
   Returns:
@@ -24,6 +25,8 @@ def make_codec(
   Raises:
     UserError: the folder's VAE is not the one that the config describes.
   """
+  channels = config["model"]["channels"]
+  config = config.get("autoencoder")
   if config is None:
     if vae:
       raise UserError(f"--vae={vae} has no use: this model works on images")
@@ -44,4 +47,10 @@ def make_codec(
         f"--vae={vae} has {field} {getattr(codec, field)}, and the config"
         f" autoencoder.{field}={config[field]}"
       )
+  if (codec.module.in_channels, codec.module.latent_channels) != (3, channels):
+    raise UserError(
+      f"--vae={vae} makes {codec.module.latent_channels} channels from"
+      f" {codec.module.in_channels}, and the model's latents have {channels}"
+      " from 3"
+    )
   return codec

@@ -87,6 +87,7 @@ def open_dataset(
   data_dir: str | None = None,
   split: str = "train",
   any_size: bool = False,
+  command: str | None = None,
 ) -> Dataset:
   """Opens a prepared data set.
 
@@ -97,13 +98,15 @@ def open_dataset(
     split: a split that the set has, TFDS's slices included ("train[:90%]").
     any_size: whether images may have different sizes; `image_shape` then has
       None for a size that differs.
+    command: what makes the data set, for the error where it is missing; None is
+      a guess from the name.
 
   Raises:
     UserError: missing, damaged, in another format, or without such a split.
   """
   directory = find_directory(name, data_dir)
   data_dir = data_dir or default_data_dir()
-  command = prepare_command(name, data_dir)
+  command = command or prepare_command(name, data_dir)
   if directory is None:
     raise UserError(
       f"no prepared data set {name!r} in {data_dir}; make it with: {command}"
@@ -143,9 +146,13 @@ def open_dataset(
 
 
 def prepare_command(
-  name: str, data_dir: str, builder: str | None = None
+  name: str,
+  data_dir: str | None,
+  builder: str | None = None,
+  resolution: int | str = "SIDE",
 ) -> str:
   """The command line that makes a data set of that name."""
+  data_dir = data_dir or default_data_dir()
   known = ("digits", "cifar10", "ffhq64", "image_folder", "imagenet_latents")
   builder = builder or (name if name in known else "image_folder")
   command = f"python -m diffit_jax.prepare {builder}"
@@ -154,7 +161,7 @@ def prepare_command(
   if builder == "imagenet_latents":
     command += " --source=FOLDER_OR_ZIP_OR_NAME --vae=FOLDER"
   if builder in ("image_folder", "imagenet_latents"):
-    command += " --resolution=SIDE"
+    command += f" --resolution={resolution}"
   if builder != name:
     command += f" --name={name}"
   return f"{command} --data_dir={data_dir}"
@@ -254,8 +261,8 @@ def _check_classes(dataset: Dataset, num_classes: int) -> None:
 class _Records(Sequence):
   """TFDS's data source, cut down to `keys` and "label"."""
 
-  def __init__(self, source: Any, keys: Sequence[str]):
-    self._source, self._keys = source, keys
+  def __init__(self, source: Any, keys: Sequence[str], directory: pathlib.Path):
+    self._source, self._keys, self._directory = source, keys, directory
 
   def __len__(self) -> int:
     return len(self._source)
@@ -263,10 +270,18 @@ class _Records(Sequence):
   def __getitem__(self, index: int) -> dict[str, Any]:
     if not 0 <= index < len(self):
       raise IndexError(f"record {index} of {len(self)}")
-    return self._keep(self._source[index])
+    return self.__getitems__([index])[0]
 
   def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-    return [self._keep(record) for record in self._source.__getitems__(indices)]
+    try:
+      records = self._source.__getitems__(indices)
+    except Exception as error:  # ArrayRecord and TFDS have no class for damage
+      raise UserError(
+        f"data set {self._directory} is damaged"
+        f" ({(str(error).splitlines() or [''])[0][:200]}); remake it with the"
+        " command that made it and --overwrite"
+      ) from error
+    return [self._keep(record) for record in records]
 
   def __repr__(self) -> str:
     return f"_Records({self._source!r})"
@@ -315,13 +330,13 @@ def _open(builder: Any, split: str, directory: pathlib.Path) -> Dataset:
   }
   if not is_latent:
     return Dataset(
-      source=_Records(source, ["image"]),
+      source=_Records(source, ["image"], directory),
       image_shape=tuple(features["image"].shape),
       **common,
     )
   height, width, depth = features["moments"].shape
   return Dataset(
-    source=_Records(source, MOMENTS),
+    source=_Records(source, MOMENTS, directory),
     image_shape=tuple(metadata.get("image_shape", ())),
     kind="latent",
     latent_shape=(height, width, depth // 2),

@@ -5,6 +5,7 @@ for its initial noise and one for the draws of a stochastic solver. Batch
 size, device count and order change rounding at most.
 """
 
+import ast
 from collections.abc import Callable, Mapping
 import dataclasses
 
@@ -66,6 +67,7 @@ def make_generator(
     codec, float32 latents as the VAE gives them (unscaled).
   """
   options = SamplerOptions.from_config(config)
+  is_edm = config["diffusion"]["kind"] == "edm"
   side, channels = config["data"]["resolution"], model.channels
 
   def generate(params, seed, index, labels):
@@ -91,23 +93,55 @@ def make_generator(
         skip=options.skip,
         **options.solver_options,
       )
-    return to_uint8(x) if config["diffusion"]["kind"] == "edm" else x
+    # Every value is checked: uint8 would make 0 of what is not a number.
+    is_finite = jnp.isfinite(x).all()
+    return (to_uint8(x) if is_edm else x), is_finite
 
   whole, split = replicated(mesh), batch_sharding(mesh)
   run = jax.jit(
-    generate, in_shardings=(whole, whole, split, split), out_shardings=split
+    generate,
+    in_shardings=(whole, whole, split, split),
+    out_shardings=(split, whole),
   )
-  if config["diffusion"]["kind"] == "edm":
-    return lambda *args: np.asarray(run(*args))
-  scaling_factor = config["autoencoder"]["scaling_factor"]
 
-  def generate_latents(*args):
-    latents = np.asarray(run(*args)) / np.float32(scaling_factor)
+  def generate_checked(*args):
+    samples, is_finite = run(*args)
+    _check_finite(bool(is_finite))
+    samples = np.asarray(samples)
+    if is_edm:
+      return samples
+    samples = samples / np.float32(config["autoencoder"]["scaling_factor"])
     if codec is None:
-      return latents
-    return to_uint8(np.asarray(codec.decode(latents)), "adm")
+      return samples
+    images = np.asarray(codec.decode(samples))
+    _check_finite(np.isfinite(images).all())
+    return to_uint8(images, "adm")
 
-  return generate_latents
+  return generate_checked
+
+
+def _check_finite(is_finite: bool) -> None:
+  if not is_finite:
+    raise UserError(
+      "a sample has values that are not finite, and nothing of its batch was"
+      " written: check the weights, the guidance scale and the solver's options"
+    )
+
+
+def _parse_options(text: str) -> dict:
+  """{"eta": 1, "spacing": "trailing"} from "eta=1,spacing=trailing"."""
+  options = {}
+  for item in filter(None, text.split(",")):
+    name, is_assignment, value = item.partition("=")
+    if not is_assignment:
+      raise UserError(
+        f"solver_options={text!r}: write name=value, separated by commas"
+      )
+    try:
+      options[name] = ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+      options[name] = value
+  return options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +171,23 @@ class SamplerOptions:
       if name.startswith("guidance_")
     }
     tolerance = cfg.pop("tolerance", 0.0)
-    if "channels" in cfg:
-      cfg["channels"] = cfg["channels"] or "all"
+    # The noise channels alone: a learned variance is never guided.
+    channels = cfg.get("channels") or config["model"]["channels"]
+    if not 1 <= channels <= config["model"]["channels"]:
+      raise UserError(
+        f"guidance_channels={channels} must be from 1 to the"
+        f" {config['model']['channels']} channels, or 0 for all of them"
+      )
+    cfg["channels"] = channels
+    if not (np.isfinite(cfg["scale"]) and np.isfinite(tolerance)):
+      raise UserError(
+        f"guidance_scale={cfg['scale']} and guidance_tolerance={tolerance} must"
+        " be finite"
+      )
     if "interval" in cfg:
       cfg["interval"] = tuple(cfg["interval"]) or None
     solver = fields.pop("solver")
+    fields |= _parse_options(fields.pop("solver_options", ""))
     check_guidance(config, cfg["scale"])
     sampling.num_evaluations(solver, **fields)  # refuses unknown options now
     if (solver == "edm_heun") != (config["diffusion"]["kind"] == "edm"):
@@ -236,8 +282,9 @@ def choose_labels(
     raise UserError(
       f"labels={labels!r}: write classes as 3, 0,1,2 or 0-9, or random"
     ) from error
-  if not classes or max(classes) >= num_classes or min(classes) < 0:
+  if not classes or max(classes) > num_classes or min(classes) < 0:
     raise UserError(
-      f"labels={labels} go beyond the model's classes 0..{num_classes - 1}"
+      f"labels={labels} go beyond the model's classes 0..{num_classes - 1}, and"
+      f" {num_classes} for no class"
     )
   return np.asarray(classes, np.int32)[np.asarray(index) % len(classes)]

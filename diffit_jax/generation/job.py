@@ -45,8 +45,8 @@ def sample_to_folder(
 ) -> Result | None:
   """Makes samples 0..num-1 that are not in the folder yet.
 
-  Batches always hold the same indices, so that an interrupted run ends with the
-  same bits as an undisturbed one.
+  The batches of one `num` and `batch_size` always hold the same indices, so
+  that an interrupted run ends with the same bits as an undisturbed one.
 
   Args:
     weights: the network's, with the config that says how to sample.
@@ -83,7 +83,8 @@ def sample_to_folder(
     weights.source,
     weights.ema,
   )
-  _report_skipped(weights, mesh, seed, classes)
+  if waiting:
+    _report_skipped(weights, mesh, seed, classes)
   with (
     StopRequest() as stop,
     Progress(num, "sampling", "images", num - len(waiting)) as progress,

@@ -44,7 +44,10 @@ def read_config(workdir: str | os.PathLike) -> config_dict.ConfigDict:
       f"{workdir} holds no run ({path} is missing): train one with python -m"
       f" diffit_jax.main --config=... --workdir={workdir}"
     )
-  return config_dict.ConfigDict(json.loads(path.read_text()))
+  try:
+    return config_dict.ConfigDict(json.loads(path.read_text()))
+  except ValueError as error:
+    raise UserError(f"{path} is damaged: {error}") from error
 
 
 def from_workdir(
@@ -109,3 +112,17 @@ def from_file(
     raise UserError(f"ema={ema!r}: {path} holds only {header['ema']!r}")
   params = jax.device_put(params, replicated(mesh))
   return Weights(params, config, int(header["step"]), header["ema"], str(path))
+
+
+def warn_of_another_vae(config: config_dict.ConfigDict, codec) -> None:
+  """Says so where the latents were not made by the VAE that decodes them."""
+  trained = config.get("data_identity", {}).get("vae_hash")
+  if codec is not None and trained not in (None, codec.hash):
+    logging.warning(
+      "the model was trained on latents of another VAE (SHA-256 %s...) than the"
+      " one that decodes its samples (%s, %s...); that is right only where the"
+      " two share their encoder, as sd-vae-ft-ema and -mse do",
+      trained[:12],
+      codec.source,
+      codec.hash[:12],
+    )

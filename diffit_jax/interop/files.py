@@ -74,7 +74,12 @@ def read_initial(
   """
   if native.is_native(path):
     params, header = native.load(path)
-    from_side = json.loads(header["config"])["data"]["resolution"]
+    own = config_dict.ConfigDict(json.loads(header["config"]))
+    from_side = own.data.resolution
+    if own.model.name == config.model.name == "latent_diffit":
+      _check_sizes(
+        path, models.make_model(own.model), config, ignore=("input_size",)
+      )
   else:
     model, params = official.load_official(path)
     from_side = model.input_size

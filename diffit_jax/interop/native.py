@@ -35,13 +35,14 @@ def save(
     raise UserError(f"{path}: the file's name must end in .safetensors")
   flat = traverse_util.flatten_dict(dict(params), sep="/")
   tensors = {n: np.ascontiguousarray(array) for n, array in flat.items()}
-  path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(path.name + ".partial")
   try:
+    path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(tensors, partial, {"format": FORMAT, **header})
     os.replace(partial, path)
   except (OSError, safetensors.SafetensorError) as error:
-    partial.unlink(missing_ok=True)
+    if path.parent.is_dir():
+      partial.unlink(missing_ok=True)
     raise UserError(f"writing {path} failed: {error}") from error
 
 

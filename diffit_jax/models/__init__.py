@@ -12,6 +12,7 @@ from diffit_jax.models.latent import LatentDiffiT
 
 __all__ = ["ImageDiffiT", "LatentDiffiT", "make_model"]
 
+_DTYPES = ("float32", "bfloat16")
 _MODELS = {"image_diffit": ImageDiffiT, "latent_diffit": LatentDiffiT}
 
 
@@ -34,6 +35,9 @@ def make_model(config: Mapping) -> nn.Module:
   unknown = sorted(set(fields) - set(known))
   if unknown:
     raise UserError(f"{name} has no field model.{unknown[0]}: it has {known}")
-  fields["dtype"] = jnp.dtype(fields.get("dtype", "float32"))
+  dtype = fields.get("dtype", "float32")
+  if dtype not in _DTYPES:
+    raise UserError(f"model.dtype={dtype!r}: use one of {_DTYPES}")
+  fields["dtype"] = jnp.dtype(dtype)
   as_tuple = lambda v: tuple(v) if isinstance(v, (list, tuple)) else v
   return model(**{field: as_tuple(value) for field, value in fields.items()})

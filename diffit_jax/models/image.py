@@ -167,6 +167,11 @@ class ImageDiffiT(nn.Module):
         f"model.num_blocks={depths} has {len(depths)} entries for"
         f" {levels} levels: give one number or {levels}"
       )
+    if self.head_dim < 1 or min(depths) < 1:
+      raise UserError(
+        f"model.head_dim={self.head_dim} and model.num_blocks={depths} must be"
+        " at least 1"
+      )
     bad = [width for width in widths if width % self.head_dim]
     if bad:
       raise UserError(

@@ -1,5 +1,6 @@
 """The one device mesh, with axes `data` and `fsdp`, and batches on it."""
 
+from collections.abc import Iterator
 import math
 
 import jax
@@ -64,3 +65,13 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     name: jax.make_array_from_process_local_data(sharding, array)
     for name, array in batch.items()
   }
+
+
+def put_ahead(
+  mesh: Mesh, batches: Iterator[dict[str, np.ndarray]]
+) -> Iterator[dict[str, jax.Array]]:
+  """`put_batch` of each batch, one batch before it is asked for."""
+  ahead = put_batch(mesh, next(batches))
+  for batch in batches:
+    current, ahead = ahead, put_batch(mesh, batch)
+    yield current

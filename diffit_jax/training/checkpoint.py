@@ -173,8 +173,9 @@ def _saving(step: int | None, directory: pathlib.Path) -> Iterator[None]:
     yield
   except (OSError, ValueError, RuntimeError) as error:
     what = "a checkpoint" if step is None else f"checkpoint {step}"
+    reason = str(error).split(": ")[-1].split(" [")[0][:200]  # not the paths
     raise UserError(
-      f"saving {what} to {directory} failed: {str(error)[:300]}; older"
+      f"saving {what} to {directory} failed: {reason}; older"
       " checkpoints are kept: free some space or mend the folder, then run"
       " the same command again"
     ) from error

@@ -24,7 +24,8 @@ from diffit_jax.progress import Progress
 from diffit_jax.stop import StopRequest
 from diffit_jax.training import ema, metrics, optimizer, source, state, workdir
 from diffit_jax.training import program as program_lib
-from diffit_jax.training.checkpoint import Checkpoints
+from diffit_jax.training.checkpoint import Checkpoints, list_steps
+from diffit_jax.training.report import overview
 
 # (EMA parameters of the run) -> uint8 [n, h, w, c] images for the grid.
 Sampler = Callable[[dict], np.ndarray]
@@ -55,9 +56,14 @@ def train(
     then the current step is saved, and the same call goes on from it.
   """
   program = program_lib.build(config, devices)
-  codec = make_codec(config.get("autoencoder"), vae)
+  codec = make_codec(config, vae)
   dataset = source.open_training_set(config, data_dir, codec)
-  workdir.claim(directory, config)
+  identity = source.identity(dataset)
+  workdir.check(directory, config, identity)
+  initial = None
+  if config.get("init_from") and not list_steps(directory):
+    initial = files.read_initial(config.init_from, config)
+  workdir.claim(directory, config, identity)
   checkpoints = Checkpoints(
     directory,
     max_to_keep=config.keep_checkpoints,
@@ -65,7 +71,7 @@ def train(
   )
   with StopRequest() as stop:
     try:
-      run = _Run(config, directory, program, checkpoints)
+      run = _Run(config, directory, program, checkpoints, initial)
       run.use_codec(codec, make_sampler)
       return run.loop(dataset, stop)
     finally:
@@ -75,14 +81,13 @@ def train(
 class _Run:
   """One start of a run: the state and what is done to it between steps."""
 
-  def __init__(self, config, directory, program, checkpoints):
+  def __init__(self, config, directory, program, checkpoints, initial):
     self.config, self.program, self.checkpoints = config, program, checkpoints
     restored = checkpoints.restore(program.abstract)
     if restored is None:
       restored = state.create(program.init, program.mesh)
-      if config.get("init_from"):
-        params = files.read_initial(config.init_from, config)
-        restored = state.replace_params(restored, params)
+      if initial is not None:
+        restored = state.replace_params(restored, initial)
     self.state = restored
     self.step = int(restored.step)
     logging.info(
@@ -97,6 +102,7 @@ class _Run:
     self.monitor = state.new_monitor(program.mesh)
     self._clock = self._clock_step = None
     self.writer = metrics.Writer(directory)
+    self.writer.text("parameters.txt", overview(program.abstract.params))
     self.param_norm = jax.jit(optax.tree.norm)
 
   def use_codec(self, codec, make_sampler) -> None:
@@ -130,8 +136,9 @@ class _Run:
     every = lambda n: n and (self.step % n == 0 or self.step == total)
     try:
       with Progress(total, "training", "steps", self.step) as progress:
+        ahead = mesh_lib.put_ahead(self.program.mesh, batches)
         while self.step < total and not stop.requested:
-          batch = mesh_lib.put_batch(self.program.mesh, next(batches))
+          batch = next(ahead)
           self.state, self.monitor = self.program.train_step(
             self.state, self.monitor, self.encode(batch)
           )
@@ -159,7 +166,7 @@ class _Run:
   def _check_finite(self) -> None:
     bad_step = int(self.monitor.bad_step)
     if bad_step >= 0:
-      self._fail("the loss was not finite at", bad_step)
+      self._fail("the loss was not finite in", bad_step + 1)
 
   def _fail(self, what: str, bad_step: int) -> None:
     steps = self.checkpoints.steps()
@@ -203,5 +210,5 @@ class _Run:
   def _save(self) -> None:
     self._check_finite()
     if not np.isfinite(self.param_norm(self.state.params)):
-      self._fail("a parameter was not finite after", self.step - 1)
+      self._fail("a parameter was not finite after", self.step)
     self.checkpoints.save(self.step, self.state, self.config.batch_size)

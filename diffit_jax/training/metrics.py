@@ -4,12 +4,15 @@ TensorFlow is imported here and nowhere else in training, only to write
 TensorBoard files, with every accelerator hidden from it.
 """
 
+from collections.abc import Iterator
+import contextlib
 import os
 import pathlib
 
 import jax
 import numpy as np
 
+from diffit_jax.errors import UserError
 from diffit_jax.sampling.images import page, write_png
 
 
@@ -33,7 +36,25 @@ class Writer:
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """Writes scalars of one step."""
-    self._writer.write_scalars(step, values)
+    with self._writing():
+      self._writer.write_scalars(step, values)
+
+  def text(self, name: str, content: str) -> None:
+    """Writes a text file into the workdir."""
+    if self._is_first:
+      with self._writing():
+        (self._directory / name).write_text(content + "\n")
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Turns what the file system refuses into one sentence."""
+    try:
+      yield
+    except OSError as error:
+      raise UserError(
+        f"cannot write to the workdir {self._directory}: {error}; checkpoints"
+        " are kept: free some space, then run the same command again"
+      ) from error
 
   def images(self, step: int, name: str, images: np.ndarray) -> None:
     """Writes uint8 [n, h, w, c] images as one grid, PNG and TensorBoard."""
@@ -41,9 +62,10 @@ class Writer:
       return
     grid = page(images)
     folder = self._directory / "samples"
-    folder.mkdir(exist_ok=True)
-    write_png(folder / f"{name}_{step:08d}.png", grid)
-    self._writer.write_images(step, {name: grid[None]})
+    with self._writing():
+      folder.mkdir(exist_ok=True)
+      write_png(folder / f"{name}_{step:08d}.png", grid)
+      self._writer.write_images(step, {name: grid[None]})
 
   def close(self) -> None:
     """Flushes and closes the files."""

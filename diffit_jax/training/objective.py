@@ -100,9 +100,11 @@ def adm_loss(model: nn.Module, config: Mapping, scaling_factor: float) -> Loss:
     x_0 = scaling_factor * (mean + std * normal(k_posterior))
     t = adm.sample_timesteps(k_t, config["num_steps"])
     noise = normal(k_noise)
-    labels = drop_labels(
-      k_label, batch["label"], model.num_classes, config["label_drop_prob"]
-    )
+    labels = None
+    if model.num_classes:
+      labels = drop_labels(
+        k_label, batch["label"], model.num_classes, config["label_drop_prob"]
+      )
     x_t = schedule.q_sample(x_0, t, noise)
     output = model.apply({"params": params}, x_t, t, labels)
     return schedule.losses(output, x_0, t, noise)["loss"]

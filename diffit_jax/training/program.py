@@ -12,7 +12,7 @@ from ml_collections import config_dict
 from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import mesh as mesh_lib
-from diffit_jax.training import objective, step
+from diffit_jax.training import ema, objective, step
 from diffit_jax.training.optimizer import make_optimizer
 from diffit_jax.training.state import TrainState, abstract_state, make_init
 
@@ -79,10 +79,10 @@ def check_consistent(config: config_dict.ConfigDict) -> None:
     raise UserError(
       f"diffusion.kind={diffusion.kind!r}: use one of {DIFFUSIONS}"
     )
-  wanted = {"edm": "image_diffit", "adm": "latent_diffit"}[diffusion.kind]
-  if model.name != wanted:
+  name = {"edm": "image_diffit", "adm": "latent_diffit"}[diffusion.kind]
+  if model.name != name:
     raise UserError(
-      f"model.name={model.name!r} must be {wanted!r} with"
+      f"model.name={model.name!r} must be {name!r} with"
       f" diffusion.kind={diffusion.kind!r}"
     )
   if model.num_classes not in (0, config.data.num_classes):
@@ -101,9 +101,47 @@ def check_consistent(config: config_dict.ConfigDict) -> None:
       f"model.augment_dim={model.augment_dim} must be {wanted} with"
       f" diffusion.augment_prob={diffusion.augment_prob}"
     )
-  for field in ("total_steps", "log_every_steps", "save_every_steps"):
+  _check_ranges(config)
+
+
+def _check_ranges(config: config_dict.ConfigDict) -> None:
+  """Numbers that would train silently wrong, or fail late."""
+  counts = ("total_steps", "log_every_steps", "save_every_steps")
+  for field in (*counts, "keep_checkpoints", "num_threads"):
     if config[field] < 1:
       raise UserError(f"{field}={config[field]} must be at least 1")
+  if config.sampler.num_grid < 1:
+    raise UserError(
+      f"sampler.num_grid={config.sampler.num_grid} must be at least 1; no grids"
+      " are sample_every_steps=0"
+    )
+  if not 0 <= config.seed < 2**32:
+    raise UserError(f"seed={config.seed} must be from 0 to {2**32 - 1}")
+  shares = {
+    "model.dropout": config.model.get("dropout", 0.0),
+    "diffusion.label_drop_prob": config.diffusion.label_drop_prob,
+  }
+  for field, value in shares.items():
+    if not 0 <= value < 1:
+      raise UserError(f"{field}={value} must be at least 0 and below 1")
+  if not 0 <= config.diffusion.get("augment_prob", 0.0) <= 1:
+    raise UserError(
+      f"diffusion.augment_prob={config.diffusion.augment_prob} must be from 0"
+      " to 1"
+    )
+  if config.diffusion.get("num_steps", 1000) != 1000:
+    raise UserError(
+      f"diffusion.num_steps={config.diffusion.num_steps} must be 1000, which"
+      " samplers and guidance count in"
+    )
+  precisions = ("default", "high", "highest")
+  if config.matmul_precision not in precisions:
+    raise UserError(
+      f"matmul_precision={config.matmul_precision!r}: use one of {precisions}"
+    )
+  for name, rule in config.ema.items():
+    if rule.kind not in ema.KINDS:
+      raise UserError(f"ema.{name}.kind={rule.kind!r}: use one of {ema.KINDS}")
 
 
 def init_params(model: nn.Module, config: config_dict.ConfigDict):

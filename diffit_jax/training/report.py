@@ -22,10 +22,11 @@ def dry_run(config: config_dict.ConfigDict) -> str:
   memory, macs = _memory(config, program), forward_macs(config, program)
   lines = [
     str(config),
-    parameter_overview.get_parameter_overview(params, include_stats="sharding"),
-    f"parameters:          {num_params:,}{_positions(program.model)}",
-    f"MACs per image:      {macs.total:,} (one forward), of which"
-    f" {macs.attention:,} attention products",
+    overview(params),
+    f"parameters:          {num_params:,}"
+    f"{_positions(program.model, num_params)}",
+    f"MACs per image:      {macs.total:,} (one forward);"
+    f" {macs.without_attention:,} without attention products",
     f"devices:             {program.mesh.size}"
     f" {jax.devices()[0].device_kind}, mesh {dict(program.mesh.shape)}",
     f"images per device:   {config.batch_size // program.mesh.size}",
@@ -36,11 +37,19 @@ def dry_run(config: config_dict.ConfigDict) -> str:
   return "\n".join(lines)
 
 
-def _positions(model) -> str:
+def overview(params) -> str:
+  """A table of all parameters with shape, size and sharding."""
+  return parameter_overview.get_parameter_overview(
+    params, include_stats="sharding"
+  )
+
+
+def _positions(model, num_params: int) -> str:
   """The latent model's position table, which others count as parameters."""
   if not isinstance(model, LatentDiffiT):
     return ""
-  return f" (+ {model.grid**2 * model.hidden_dim:,} fixed positions)"
+  fixed = model.grid**2 * model.hidden_dim
+  return f" + {fixed:,} fixed positions = {num_params + fixed:,}"
 
 
 def forward_macs(config: config_dict.ConfigDict, program) -> cost.Macs:

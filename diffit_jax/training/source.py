@@ -14,6 +14,7 @@ from ml_collections import config_dict
 
 from diffit_jax.autoencoder import Autoencoder
 from diffit_jax.autoencoder.patch_code import PatchCode
+from diffit_jax.data import dataset as dataset_lib
 from diffit_jax.data import pipeline
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import mesh as mesh_lib
@@ -41,7 +42,14 @@ def open_training_set(
       "data.content='images' needs the VAE that encodes them: give its"
       " diffusers folder as --vae=..., or train from prepared latents"
     )
-  dataset = pipeline.open_dataset(data.name, data_dir, data.split)
+  pixels, builder = side, None
+  if config.diffusion.kind == "adm":
+    pixels *= config.autoencoder.down_factor
+    builder = None if encodes else "imagenet_latents"
+  command = dataset_lib.prepare_command(data.name, data_dir, builder, pixels)
+  dataset = pipeline.open_dataset(
+    data.name, data_dir, data.split, command=command
+  )
   if encodes:
     side *= codec.down_factor
     is_patch = isinstance(codec, PatchCode)
@@ -58,6 +66,17 @@ def open_training_set(
       scaling_factor=config.autoencoder.scaling_factor,
     )
   return dataset
+
+
+def identity(dataset: pipeline.Dataset) -> dict:
+  """What tells a data set from another of the same name."""
+  settings = dataset.metadata.get("settings", {})
+  found = {
+    "num_images": dataset.num_images,
+    "content_hash": dataset.metadata.get("content_hash"),
+    "vae_hash": settings.get("vae_hash"),
+  }
+  return {key: value for key, value in found.items() if value is not None}
 
 
 def is_encoding(config: config_dict.ConfigDict) -> bool:

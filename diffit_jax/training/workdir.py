@@ -1,5 +1,6 @@
 """The folder of a run: its config, and whether a config may continue it."""
 
+from collections.abc import Mapping
 import json
 import os
 import pathlib
@@ -7,6 +8,7 @@ import pathlib
 from ml_collections import config_dict
 
 from diffit_jax.errors import UserError
+from diffit_jax.training.checkpoint import list_steps
 
 # What decides a run's numbers. Mesh, logging, intervals, sampler and total
 # steps may change from one start to the next.
@@ -23,42 +25,66 @@ _FIXED = (
 )
 
 
-def claim(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> None:
-  """Writes `config.json`, or checks that the one there is of the same run.
+DATA = "data_identity"  # key of config.json: what the data set really was
+
+
+def check(
+  workdir: str | os.PathLike,
+  config: config_dict.ConfigDict,
+  data: Mapping | None = None,
+) -> None:
+  """Refuses a folder that holds the checkpoints of another run.
+
+  Args:
+    workdir: the folder; it need not be there.
+    config: of the run that is to go on in it.
+    data: what identifies its data set; None where it is not open.
 
   Raises:
-    UserError: the folder holds another run; names the fields that differ.
+    UserError: names the fields that differ.
   """
   workdir = pathlib.Path(workdir)
   path = workdir / "config.json"
-  new = json.loads(config.to_json_best_effort())
-  if path.exists():
-    try:
-      old = json.loads(path.read_text())
-    except ValueError as error:
-      raise UserError(
-        f"{path} is damaged ({error}): delete it if the run's config is the"
-        " one given now, or use another --workdir"
-      ) from error
-    different = _differences(
-      {field: old.get(field) for field in _FIXED},
-      {field: new.get(field) for field in _FIXED},
-    )
-    if different:
-      raise UserError(
-        f"{workdir} holds another run: {'; '.join(different[:10])}; use"
-        " another --workdir, or the run's own config"
-      )
-  elif (workdir / "checkpoints").is_dir() and any(
-    (workdir / "checkpoints").iterdir()
-  ):
+  if not list_steps(workdir):
+    return  # nothing was made with whatever config stands there
+  if not path.exists():
     raise UserError(
       f"{workdir} holds checkpoints but no config.json: use another --workdir"
     )
   try:
+    old = json.loads(path.read_text())
+  except ValueError as error:
+    raise UserError(
+      f"{path} is damaged ({error}): delete it and the checkpoints, or use"
+      " another --workdir"
+    ) from error
+  new = json.loads(config.to_json_best_effort())
+  fixed = (*_FIXED, *([DATA] if data else []))
+  new[DATA] = dict(data or {})
+  different = _differences(
+    {field: old.get(field) for field in fixed},
+    {field: new.get(field) for field in fixed},
+  )
+  if different:
+    raise UserError(
+      f"{workdir} holds another run: {'; '.join(different[:10])}; use"
+      " another --workdir, or the run's own config"
+    )
+
+
+def claim(
+  workdir: str | os.PathLike, config: config_dict.ConfigDict, data: Mapping
+) -> None:
+  """Checks the folder and writes `config.json`; arguments as in `check`."""
+  check(workdir, config, data)
+  workdir = pathlib.Path(workdir)
+  path = workdir / "config.json"
+  resolved = json.loads(config.to_json_best_effort())
+  resolved[DATA] = dict(data)
+  try:
     workdir.mkdir(parents=True, exist_ok=True)
     partial = path.with_name("config.json.partial")
-    partial.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n")
+    partial.write_text(json.dumps(resolved, indent=2, sort_keys=True) + "\n")
     os.replace(partial, path)
   except OSError as error:
     raise UserError(

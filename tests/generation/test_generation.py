@@ -79,7 +79,7 @@ class TestGenerator:
 
   def test_stochastic_sampling_is_keyed_on_the_sample_too(self, loaded):
     config = loaded.config.copy_and_resolve_references()
-    config.sampler.S_churn = 20.0
+    config.sampler.solver_options = "S_churn=20.0"
     generate = make(dataclasses.replace(loaded, config=config))
     churned = generate(self.index, self.labels)
     assert (churned != make(loaded)(self.index, self.labels)).any()
@@ -95,6 +95,32 @@ class TestGenerator:
 
     assert (run(1.0, [3, 4]) != run(2.0, [3, 4])).any()
     assert_close(run(0.0, [3, 4]), run(0.0, [5, 6]))
+
+  @pytest.mark.parametrize(
+    "fields, message",
+    [
+      (dict(guidance_scale=np.nan), "must be finite"),
+      (
+        dict(guidance_channels=2),
+        "guidance_channels=2 must be from 1 to the 1",
+      ),
+      (dict(solver_options="S_churn"), "write name=value"),
+      (dict(solver_options="eta=1"), "no option 'eta'"),
+      (dict(solver="ddim"), "not for a model of diffusion.kind='edm'"),
+    ],
+    ids=str,
+  )
+  def test_sampler_fields_that_cannot_work(self, fields, message, loaded):
+    config = loaded.config.copy_and_resolve_references()
+    with config.unlocked():
+      config.sampler.update(fields)
+    with pytest.raises(UserError, match=message):
+      generator.SamplerOptions.from_config(config)
+
+  def test_samples_that_are_not_finite_are_refused(self, loaded):
+    params = jax.tree.map(lambda a: a * np.nan, loaded.params)
+    with pytest.raises(UserError, match="not finite"):
+      make(dataclasses.replace(loaded, params=params))([0], [0])
 
   def test_guidance_is_refused_where_the_model_cannot_give_it(self, loaded):
     config = loaded.config.copy_and_resolve_references()
@@ -119,10 +145,16 @@ class TestLabels:
     counts = np.bincount(many, minlength=10)
     assert len(counts) == 10 and abs(counts - 500).max() < 100  # 4.7 sigma
 
-  @pytest.mark.parametrize("text", ["10", "-1", "0-10", "a", "", "3-1"])
+  @pytest.mark.parametrize("text", ["11", "-1", "0-11", "a", "", "3-1"])
   def test_labels_out_of_range_are_refused(self, text):
     with pytest.raises(UserError, match="labels"):
       generator.choose_labels(np.arange(2), 0, 10, text)
+
+  def test_the_number_of_classes_is_no_class(self):
+    assert generator.choose_labels(np.arange(2), 0, 10, "10").tolist() == [
+      10,
+      10,
+    ]
 
   def test_unconditional_models_take_none(self):
     assert generator.choose_labels(np.arange(2), 0, 0).tolist() == [0, 0]

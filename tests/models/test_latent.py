@@ -211,7 +211,7 @@ def test_macs_are_those_of_the_traced_network(scan):
   )
   x, t = jnp.zeros((1, 12, 12, 4)), jnp.zeros(1)
   forward = lambda p: model.apply({"params": p}, x, t, jnp.zeros(1, int))
-  counted = cost.count_macs(forward, shapes(model))
+  counted = cost.count_macs(forward, shapes(model)).total
   assert latent.macs(model)["with_attention"] == counted
 
 
@@ -266,7 +266,7 @@ def test_remat_recomputes(scan):
   params = golden_params()
   params = latent.stack_blocks(params) if scan else params
   none, dots, full = (
-    cost.count_macs(loss_gradient(remat, scan), params)
+    cost.count_macs(loss_gradient(remat, scan), params).total
     for remat in ("none", "dots", "full")
   )
   assert none < dots < full < 4 / 3 * none

@@ -30,7 +30,7 @@ def main(workdir: str, data_dir: str, mode: str, at: int) -> None:
   dispatched = [first]
 
   def put_batch(mesh, batch):
-    if mode == "step" and dispatched[0] == at:
+    if mode == "step" and dispatched[0] == at + 1:  # one batch is put ahead
       saved = pathlib.Path(workdir) / "checkpoints" / str(at - 1)
       while not saved.exists():  # it is saved in the background
         time.sleep(0.01)

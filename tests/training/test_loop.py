@@ -96,7 +96,7 @@ def test_stop_request_saves_and_the_run_goes_on_to_the_same_bits(
 
   def put_batch(*args):
     calls.append(None)
-    if len(calls) == 3:
+    if len(calls) == 4:  # one batch is put ahead of the step
       os.kill(os.getpid(), signal.SIGTERM)
     return real(*args)
 
@@ -155,6 +155,37 @@ def test_another_run_in_the_workdir_is_refused(copy, data_dir):
   ):
     assert text in str(error.value)
   assert (copy / "config.json").read_text() == before
+
+
+def test_other_data_of_the_same_name_are_refused(copy, data_dir, tmp_path):
+  other = tmp_path / "data"
+  shutil.copytree(data_dir, other)
+  file = other / "digits" / "1.0.0" / "prepared.json"
+  metadata = json.loads(file.read_text())
+  file.write_text(json.dumps(metadata | {"content_hash": "0"}))
+  with pytest.raises(UserError, match="data_identity.content_hash is"):
+    loop.train(small(total_steps=5), copy, str(other), devices=one_device())
+
+
+def test_damaged_data_end_in_one_sentence(data_dir, tmp_path):
+  other = tmp_path / "data"
+  shutil.copytree(data_dir, other)
+  (file,) = (other / "digits" / "1.0.0").glob("*.array_record*")
+  content = bytearray(file.read_bytes())
+  content[len(content) // 4 : len(content) // 2] = bytes(
+    len(content) // 2 - len(content) // 4
+  )
+  file.write_bytes(content)
+  with pytest.raises(UserError, match="digits/1.0.0 is damaged"):
+    loop.train(small(), tmp_path / "run", str(other), devices=one_device())
+
+
+def test_a_folder_without_a_checkpoint_is_free_for_another_run(
+  data_dir, tmp_path
+):
+  (tmp_path / "config.json").write_text('{"seed": 99}')
+  config = small(total_steps=1)
+  assert loop.train(config, tmp_path, data_dir, devices=one_device())
 
 
 def test_logging_intervals_and_total_steps_may_change(copy, data_dir):
@@ -269,11 +300,13 @@ def test_no_value_is_fetched_between_logging_points(
   Untouchable.touched.clear()
   leaf = Untouchable()
   monitor = state.Monitor(leaf, leaf, leaf, leaf)
+  tree = {"w": leaf}
+  fake_state = state.TrainState(leaf, tree, tree, {"edm": tree})
 
   def fake_step(old, _, batch):
     Untouchable.now = len(seen) + 1
     seen.append(batch["index"])
-    return old, monitor
+    return fake_state, monitor
 
   seen = []
   real = program_lib.build
@@ -284,10 +317,29 @@ def test_no_value_is_fetched_between_logging_points(
       real(*args), train_step=fake_step
     ),
   )
-  config = small(total_steps=12, log_every_steps=5, save_every_steps=6)
+  real_init = loop._Run.__init__
+
+  def init(self, *args):
+    real_init(self, *args)
+    self.param_norm = lambda tree: tree["w"]._touch()
+
+  monkeypatch.setattr(loop._Run, "__init__", init)
+  monkeypatch.setattr(
+    checkpoint.Checkpoints, "save", lambda self, step, now, _: leaf._touch()
+  )
+  for name in ("block_until_ready", "device_get"):
+    real_wait = getattr(jax, name)
+    watched = lambda tree, wait=real_wait: (leaf._touch(), wait(tree))[1]
+    monkeypatch.setattr(jax, name, watched)
+  config = small(
+    total_steps=12,
+    log_every_steps=5,
+    save_every_steps=6,
+    sample_every_steps=0,
+  )
   loop.train(config, tmp_path, data_dir, devices=one_device())
   assert len(seen) == 12
-  assert set(Untouchable.touched) == {5, 6, 10, 12}
+  assert set(Untouchable.touched) - {0} == {5, 6, 10, 12}
 
 
 def test_the_step_is_traced_once(data_dir, tmp_path, monkeypatch):
@@ -320,6 +372,16 @@ def test_data_that_do_not_fit_the_config_are_refused(data_dir, tmp_path):
   [
     (dict(batch_size=12), "batch_size=12 cannot be divided over 8 devices"),
     (dict(total_steps=0), "total_steps=0 must be at least 1"),
+    (dict(keep_checkpoints=0), "keep_checkpoints=0 must be at least 1"),
+    (dict(seed=-1), "seed=-1 must be from 0"),
+    (dict(matmul_precision="foo"), "matmul_precision='foo': use one of"),
+    ({"model.dropout": 1.5}, "model.dropout=1.5 must be at least 0"),
+    ({"model.dtype": "foo"}, "model.dtype='foo': use one of"),
+    ({"model.head_dim": 0}, "model.head_dim=0 .* at least 1"),
+    ({"diffusion.label_drop_prob": 2.0}, "label_drop_prob=2.0 must be"),
+    ({"diffusion.augment_prob": 2.0}, "augment"),
+    ({"sampler.num_grid": 0}, "sampler.num_grid=0 must be at least 1"),
+    ({"ema.edm.kind": "foo"}, "ema.edm.kind='foo': use one of"),
     ({"mesh.data": 3}, r"mesh.data=3 x mesh.fsdp=1 does not make 8"),
     ({"model.augment_dim": 9}, "model.augment_dim=9 must be 0"),
     ({"model.num_classes": 7}, "model.num_classes=7 must be 0 or"),

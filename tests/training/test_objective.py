@@ -52,6 +52,9 @@ def test_edm_loss_is_the_weighted_error_of_the_denoiser():
   weight = variance / (sigma * 0.5) ** 2
   expected = weight * (error**2).sum((1, 2, 3))
   np.testing.assert_allclose(losses, expected, rtol=1e-4)
+  # Dropout is on, keyed on the step and, inside the network, on the sample.
+  np.testing.assert_array_equal(network.seen.sample_index, batch["index"])
+  assert network.seen.rngs["dropout"] == KEY
   noise = (x - y) / sigma[:, None, None, None]
   assert abs(noise.std() - 1) < 0.3  # 96 draws: a sigma of 0.07
 
