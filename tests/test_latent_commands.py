@@ -196,8 +196,10 @@ def test_guidance_on_a_model_without_label_dropout(folder, tmp_path):
     f"main --config={LATENT} --workdir={tmp_path}/run --data_dir={folder}/data"
     " --config.diffusion.label_drop_prob=0 --config.total_steps=1"
   )
-  commands.succeed(run)
-  line = commands.last_error(
-    f"sample --workdir={tmp_path}/run --out={tmp_path}/x"
+  message = "needs a model trained with label dropout"
+  assert message in commands.last_error(run)
+  assert not (tmp_path / "run").exists()
+  commands.succeed(f"{run} --config.sampler.guidance_scale=1")
+  assert message in commands.last_error(
+    f"sample --workdir={tmp_path}/run --out={tmp_path}/x --guidance_scale=2"
   )
-  assert "needs a model trained with label dropout" in line
