@@ -102,7 +102,7 @@ def test_demo_in_its_debug_form(tmp_path):
   assert "already trained: 4 steps" in commands.succeed(f"demo {options}")
   (tmp_path / "runs/digits/thesis.txt").write_text("not the demo's")
   line = commands.last_error(
-    f"demo {options.replace('debug', 'debug,window=2')}"
+    f"demo {options.replace('=debug', '=debug,window=2')}"
   )
   assert "holds another run: model.window_size is 4 there and 2 here" in line
   commands.succeed(f"demo {options} --fresh")
