@@ -109,6 +109,19 @@ def test_demo_in_its_debug_form(tmp_path):
   assert (tmp_path / "runs/digits/thesis.txt").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "name, least", [("digits", 0.95), ("digits_latent", 0.90)]
+)
+def test_demo_reaches_its_score(name, least, tmp_path):
+  commands.succeed(
+    f"demo --config_name={name} --workdir={tmp_path}/run", TFDS_DATA_DIR=""
+  )
+  report = json.loads((tmp_path / "run" / "demo.json").read_text())
+  print(report)
+  assert report["recognised"] >= least
+
+
 def test_demo_score_is_honest():
   """Real digits score high, shuffled labels and noise like chance."""
   from sklearn import datasets

@@ -1,5 +1,7 @@
 """Multiply-accumulates against closed forms and the published figures."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -64,3 +66,12 @@ def test_parameter_counts_of_the_configs(config, trainable, with_positions):
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == trainable
   positions = models.make_model(config.model).grid ** 2 * 1152
   assert trainable + positions == with_positions
+
+
+@pytest.mark.slow
+def test_the_train_step_of_561_million_parameters_compiles_in_20_s():
+  """The whole step of the paper's config, as --dry_run compiles it."""
+  start = time.monotonic()
+  text = report.dry_run(imagenet256.get_config())
+  assert "561,035,232 + 294,912 fixed positions = 561,330,144" in text
+  assert time.monotonic() - start < 20
