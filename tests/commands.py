@@ -5,12 +5,21 @@ import pathlib
 import subprocess
 import sys
 
+# These programs are compiled to run a few tiny steps: do not optimise them.
+FAST_COMPILE = (
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 ROOT = pathlib.Path(__file__).parent.parent
 
 
 def start(command: str, cwd=ROOT, **env) -> subprocess.Popen:
   """Starts `python -m diffit_jax.<command>` on one CPU device."""
-  environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", **env}
+  environment = {
+    **os.environ,
+    "XLA_FLAGS": FAST_COMPILE,
+    "JAX_PLATFORMS": "cpu",
+    **env,
+  }
   return subprocess.Popen(
     [sys.executable, "-m", *f"diffit_jax.{command}".split()],
     cwd=cwd,

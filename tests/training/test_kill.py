@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 
-from commands import ROOT
+from commands import FAST_COMPILE, ROOT
 from configs import digits
 from diffit_jax.training import checkpoint
 from diffit_jax.training import program as program_lib
@@ -20,7 +20,7 @@ def start(workdir, data_dir, mode="none", at=0) -> int:
   done = subprocess.run(
     [sys.executable, str(DRIVER), str(workdir), data_dir, mode, str(at)],
     cwd=ROOT,
-    env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+    env={**os.environ, "XLA_FLAGS": FAST_COMPILE, "PYTHONPATH": str(ROOT)},
     capture_output=True,
     text=True,
     timeout=300,
