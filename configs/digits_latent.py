@@ -40,6 +40,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.model.remat = "none"
   config.optimizer.learning_rate = 2e-3
   config.ema.constant.decay = 0.99
+  config.mesh.fsdp = 1
   config.num_threads = 2
   if variant.debug:
     return config

@@ -61,6 +61,8 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.model.head_act = "silu"  # silu, or none as in Figure 4
   config.model.resize = "conv"  # conv or bilinear
   config.model.decoder_in_conv = False  # text has it, Figure 4 does not
+  config.model.attention = "xla"  # or cudnn, on NVIDIA, after a check
+  config.model.remat = "none"  # none, dots or full: what backward recomputes
   config.model.dtype = "float32"  # of matrix products; state is float32
   config.matmul_precision = "highest"  # float32 products without TF32 or bf16
   if variant.precision == "bf16":
@@ -100,15 +102,20 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.sampler.num_grid = 64  # images of a sample grid during training
 
   config.mesh = config_dict.ConfigDict()
-  config.mesh.data = -1  # devices that hold a copy; -1 is the rest
-  config.mesh.fsdp = 1  # devices that share one copy of the state
+  config.mesh.data = -1  # groups that hold a copy of the state; -1 is the rest
+  config.mesh.fsdp = 1  # devices that share one copy; all where fewer
+  config.mesh.num_devices = 0  # that must be there; 0 for any number
 
+  config.num_microbatches = 1  # parts of a batch, one after the other
   config.num_threads = 4  # batches decoded at the same time
   config.log_every_steps = 100  # metrics; the only waits for the device
   config.sample_every_steps = 10_000  # grid of EMA samples; 0 for none
   config.save_every_steps = 5_000  # checkpoints
   config.keep_checkpoints = 3  # newest that stay
   config.keep_every_steps = 100_000  # these stay for ever; 0 for none
+  config.keep_best_by = ""  # metric whose best checkpoint stays, as loss
+  config.snapshot_every_steps = 0  # averages kept for export --ema=WIDTH
+  config.watchdog_seconds = 1800  # a step this late ends the program; 0 is off
 
   if variant.debug:
     config.batch_size = 8

@@ -15,6 +15,8 @@ factor"). Windowed attention cuts the tokens into non-overlapping squares that
 do not see each other; the time token is the same in each.
 """
 
+from collections.abc import Callable
+
 import einops
 from flax import linen as nn
 import jax
@@ -23,6 +25,15 @@ import jax.numpy as jnp
 from diffit_jax.errors import UserError
 
 XAVIER = nn.initializers.xavier_uniform()
+ATTENTIONS = ("xla", "cudnn")
+
+# Says where an activation [b, ...] lies on the devices, or returns it as it is.
+Constrain = Callable[[jax.Array], jax.Array]
+
+
+def unconstrained(x: jax.Array) -> jax.Array:
+  """The `Constrain` that leaves it to the compiler."""
+  return x
 
 
 def relative_position_bias(table: jax.Array, side: int) -> jax.Array:
@@ -89,12 +100,16 @@ class TMSA(nn.Module):
       above the side of x, is global attention with a table of the side.
     dtype: of the matrix products; softmax and bias are float32.
     proj_init: initialiser of the output projection.
+    attention: "xla", or "cudnn" for NVIDIA's fused kernel (see `attend`).
+    constrain: applied to the projections and the output.
   """
 
   num_heads: int
   window_size: int | None = None
   dtype: jnp.dtype = jnp.float32
   proj_init: nn.initializers.Initializer = XAVIER
+  attention: str = "xla"
+  constrain: Constrain = unconstrained
 
   @nn.compact
   def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
@@ -122,6 +137,7 @@ class TMSA(nn.Module):
     qkv = dense("qkv")(x)
     # The seam: time enters here and nowhere else in the network.
     qkv += dense("qkv_temb")(time)[:, None, None, :]
+    qkv = self.constrain(qkv)
 
     q, k, v = einops.rearrange(
       qkv,
@@ -131,20 +147,25 @@ class TMSA(nn.Module):
       p=window,
       q=window,
     )
-    out = attend(q, k, v, bias)
+    out = attend(q, k, v, bias, self.attention)
     out = einops.rearrange(
       out,
       "b (i j) (p q) h d -> b (i p) (j q) (h d)",
       i=height // window,
       p=window,
     )
+    out = self.constrain(out)
     return nn.Dense(
       channels, dtype=self.dtype, kernel_init=self.proj_init, name="proj"
     )(out)
 
 
 def attend(
-  q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  bias: jax.Array,
+  attention: str = "xla",
 ) -> jax.Array:
   """Equation (6): softmax(q k^T / sqrt(d) + B) v, softmax in float32.
 
@@ -153,10 +174,14 @@ def attend(
     k: keys.
     v: values.
     bias: [heads, n, n].
+    attention: "xla"; or "cudnn", which takes bfloat16 and float16 only and
+      rounds the bias to it.
 
   Returns:
     [*b, n, heads, d] of v's dtype.
   """
+  if attention == "cudnn":
+    return _attend_cudnn(q, k, v, bias)
   scale = q.shape[-1] ** -0.5
   logits = jnp.einsum(
     "...nhd,...mhd->...hnm",
@@ -166,3 +191,18 @@ def attend(
   )
   weights = jax.nn.softmax(logits + bias, axis=-1).astype(v.dtype)
   return jnp.einsum("...hnm,...mhd->...nhd", weights, v)
+
+
+def _attend_cudnn(q, k, v, bias):
+  """The same through cuDNN, whose gradient of the bias wants a batch of 1."""
+  n, heads, d = q.shape[-3:]
+  flat = lambda x: x.reshape(-1, n, heads, d)
+  out = jax.nn.dot_product_attention(
+    flat(q),
+    flat(k),
+    flat(v),
+    bias=bias[None].astype(q.dtype),
+    scale=d**-0.5,
+    implementation="cudnn",
+  )
+  return out.reshape(q.shape)

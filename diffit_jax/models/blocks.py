@@ -14,15 +14,71 @@ GroupNorm with min(32, c/4) groups and eps 1e-6 (EDM); the paper gives
 none of these.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffit_jax.models.attention import TMSA, XAVIER
+from diffit_jax.errors import UserError
+from diffit_jax.models.attention import (
+  ATTENTIONS,
+  TMSA,
+  XAVIER,
+  Constrain,
+  unconstrained,
+)
 
 # CHOICE: the last map of each residual branch starts at 1e-5 times Xavier, as
 # EDM does for its last convolutions, so that a fresh network is near identity.
 NEAR_ZERO = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
+
+# Parameters of one block as they are stored -> as the block computes with them.
+MapParams = Callable[[Any], Any]
+
+# What the backward pass finds saved of each block; None is everything.
+REMAT_POLICIES = {
+  "none": None,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def check_options(remat: str, attention: str) -> None:
+  """Refuses names of ways to compute that are not known."""
+  for field, value, allowed in (
+    ("remat", remat, tuple(REMAT_POLICIES)),
+    ("attention", attention, ATTENTIONS),
+  ):
+    if value not in allowed:
+      raise UserError(f"model.{field}={value!r}: use one of {allowed}")
+
+
+def transform(
+  block: type[nn.Module],
+  remat: str,
+  map_params: MapParams | None,
+  prevent_cse: bool = True,
+) -> type[nn.Module]:
+  """A block that recomputes in the backward pass and maps its parameters.
+
+  The parameters are mapped inside what is recomputed, so that a copy gathered
+  from many devices lives no longer than the block runs.
+
+  Args:
+    block: module class.
+    remat: a key of REMAT_POLICIES.
+    map_params: applied to its parameters on every use; None for as they are.
+    prevent_cse: as in `jax.checkpoint`; a loop does not need it.
+  """
+  if map_params is not None:
+    block = nn.map_variables(block, "params", trans_in_fn=map_params)
+  if REMAT_POLICIES[remat] is not None:
+    block = nn.remat(
+      block, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse
+    )
+  return block
 
 
 def drop_out(
@@ -78,6 +134,7 @@ class MLP(nn.Module):
   dropout: float
   dtype: jnp.dtype
   last_init: nn.initializers.Initializer
+  constrain: Constrain = unconstrained
 
   @nn.compact
   def __call__(self, x: jax.Array, sample_index: jax.Array | None) -> jax.Array:
@@ -85,7 +142,8 @@ class MLP(nn.Module):
     dense = lambda name, features, init: nn.Dense(
       features, dtype=self.dtype, kernel_init=init, name=name
     )
-    x = nn.gelu(dense("fc1", round(self.ratio * channels), XAVIER)(x))
+    x = self.constrain(dense("fc1", round(self.ratio * channels), XAVIER)(x))
+    x = nn.gelu(x)
     if self.dropout and sample_index is not None:
       x = drop_out(x, self.dropout, self.make_rng("dropout"), sample_index)
     return dense("fc2", channels, self.last_init)(x)
@@ -101,6 +159,8 @@ class DiffiTBlock(nn.Module):
     dropout: rate between the MLP's two linear maps.
     dtype: of matrix products and the residual stream.
     last_init: initialiser of the last map of each residual branch.
+    attention: "xla" or "cudnn".
+    constrain: applied to the activations that matrix products make.
   """
 
   num_heads: int
@@ -109,6 +169,8 @@ class DiffiTBlock(nn.Module):
   dropout: float = 0.0
   dtype: jnp.dtype = jnp.float32
   last_init: nn.initializers.Initializer = XAVIER
+  attention: str = "xla"
+  constrain: Constrain = unconstrained
 
   @nn.compact
   def __call__(
@@ -126,13 +188,22 @@ class DiffiTBlock(nn.Module):
       self.window_size,
       dtype=self.dtype,
       proj_init=self.last_init,
+      attention=self.attention,
+      constrain=self.constrain,
       name="attn",
     )
     mlp = MLP(
-      self.mlp_ratio, self.dropout, self.dtype, self.last_init, name="mlp"
+      self.mlp_ratio,
+      self.dropout,
+      self.dtype,
+      self.last_init,
+      self.constrain,
+      name="mlp",
     )
+    x = self.constrain(x)
     x = x + attention(layer_norm(self.dtype)(x), time)  # (7)
-    return x + mlp(layer_norm(self.dtype)(x), sample_index)  # (8)
+    x = x + mlp(layer_norm(self.dtype)(x), sample_index)  # (8)
+    return self.constrain(x)
 
 
 class ResBlock(nn.Module):
@@ -145,6 +216,8 @@ class ResBlock(nn.Module):
     mlp_ratio: hidden width of the MLP over `features`.
     dropout: rate in the MLP.
     dtype: of matrix products, convolutions and the residual stream.
+    attention: "xla" or "cudnn".
+    constrain: applied to the activations that products make.
   """
 
   features: int
@@ -153,6 +226,8 @@ class ResBlock(nn.Module):
   mlp_ratio: int = 4
   dropout: float = 0.0
   dtype: jnp.dtype = jnp.float32
+  attention: str = "xla"
+  constrain: Constrain = unconstrained
 
   @nn.compact
   def __call__(
@@ -169,12 +244,14 @@ class ResBlock(nn.Module):
       dropout=self.dropout,
       dtype=self.dtype,
       last_init=NEAR_ZERO,
+      attention=self.attention,
+      constrain=self.constrain,
       name="block",
     )
     h = nn.silu(group_norm(x.shape[-1], self.dtype, "norm")(x))
-    h = conv(self.features, 3, self.dtype, "conv")(h)  # (9)
+    h = self.constrain(conv(self.features, 3, self.dtype, "conv")(h))  # (9)
     if x.shape[-1] != self.features:
-      x = conv(self.features, 1, self.dtype, "skip")(x)
+      x = self.constrain(conv(self.features, 1, self.dtype, "skip")(x))
     return block(h, time, sample_index) + x  # (10)
 
 

@@ -21,7 +21,16 @@ import jax
 import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.blocks import NEAR_ZERO, ResBlock, conv, group_norm
+from diffit_jax.models.attention import Constrain, unconstrained
+from diffit_jax.models.blocks import (
+  NEAR_ZERO,
+  MapParams,
+  ResBlock,
+  check_options,
+  conv,
+  group_norm,
+  transform,
+)
 from diffit_jax.models.embeddings import NoiseEmbedding
 
 OPTIONS = {
@@ -58,6 +67,12 @@ class ImageDiffiT(nn.Module):
     decoder_in_conv: a Conv3x3 at the start of the decoder, as the text has it
       and the figure has not.
     dtype: of the blocks' matrix products and residual stream.
+    remat: what each block recomputes in the backward pass: "none"; "dots",
+      all but the products with weights; "full", everything.
+    attention: "xla", or "cudnn" for NVIDIA's fused kernel.
+    constrain: says where activations lie on the devices.
+    map_params: applied to each block's parameters where they are used, to
+      gather them from the devices that share them.
   """
 
   channels: int = 3
@@ -76,6 +91,10 @@ class ImageDiffiT(nn.Module):
   resize: str = "conv"
   decoder_in_conv: bool = False
   dtype: jnp.dtype = jnp.float32
+  remat: str = "none"
+  attention: str = "xla"
+  constrain: Constrain = unconstrained
+  map_params: MapParams | None = None
 
   @nn.compact
   def __call__(
@@ -111,24 +130,29 @@ class ImageDiffiT(nn.Module):
       name="embedding",
     )(c_noise, labels, augment_labels)
 
+    block = transform(ResBlock, self.remat, self.map_params)
+
     def res_block(h, width, name):
-      return ResBlock(
+      return block(
         width,
         self.head_dim,
         self.window_size,
         self.mlp_ratio,
         self.dropout,
         self.dtype,
+        self.attention,
+        self.constrain,
         name=name,
       )(h, time, sample_index)
 
     h = conv(self.base_channels, 3, self.dtype, "tokenizer")(
       x.astype(self.dtype)
     )
+    h = self.constrain(h)
     skips = []
     for level, (width, depth) in enumerate(zip(widths, depths)):
       if level:
-        h = self._down(h, f"encoder_{level}_down")
+        h = self.constrain(self._down(h, f"encoder_{level}_down"))
       outputs = [h]
       for i in range(depth):
         h = res_block(h, width, f"encoder_{level}_block_{i}")
@@ -138,7 +162,7 @@ class ImageDiffiT(nn.Module):
     if self.decoder_in_conv:
       h = conv(widths[-1], 3, self.dtype, "decoder_in")(h)
     for level in reversed(range(len(widths) - 1)):
-      h = self._up(h, f"decoder_{level}_up")
+      h = self.constrain(self._up(h, f"decoder_{level}_up"))
       waiting = skips[level] if self.skip == "per_block" else skips[level][-1:]
       depth = depths[level] + (self.skip == "per_block")
       for i in range(depth):
@@ -158,6 +182,7 @@ class ImageDiffiT(nn.Module):
         raise UserError(
           f"model.{field}={getattr(self, field)!r}: use one of {allowed}"
         )
+    check_options(self.remat, self.attention)
     levels = len(self.channel_mult)
     widths = [self.base_channels * m for m in self.channel_mult]
     depths = self.num_blocks

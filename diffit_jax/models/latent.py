@@ -28,20 +28,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.attention import XAVIER
-from diffit_jax.models.blocks import DiffiTBlock, layer_norm
+from diffit_jax.models.attention import (
+  XAVIER,
+  Constrain,
+  unconstrained,
+)
+from diffit_jax.models.blocks import (
+  DiffiTBlock,
+  MapParams,
+  check_options,
+  layer_norm,
+  transform,
+)
 from diffit_jax.models.embeddings import (
   LabelEmbedding,
   TimestepEmbedding,
   sincos_positions,
 )
 
-# What the backward pass finds saved of each block; None is everything.
-REMAT_POLICIES = {
-  "none": None,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "full": jax.checkpoint_policies.nothing_saveable,
-}
 STACKED = "blocks"
 BIAS_TABLE = "relative_position_bias_table"
 
@@ -67,6 +71,10 @@ class LatentDiffiT(nn.Module):
       all but the products with weights; "full", everything.
     scan_blocks: one traced block in a loop, with parameters stacked on axis 0
       under "blocks"; otherwise "blocks_0", "blocks_1", ...
+    attention: "xla", or "cudnn" for NVIDIA's fused kernel.
+    constrain: says where activations lie on the devices.
+    map_params: applied to each block's parameters where they are used, to
+      gather them from the devices that share them.
   """
 
   input_size: int = 32
@@ -83,6 +91,9 @@ class LatentDiffiT(nn.Module):
   dtype: jnp.dtype = jnp.float32
   remat: str = "none"
   scan_blocks: bool = True
+  attention: str = "xla"
+  constrain: Constrain = unconstrained
+  map_params: MapParams | None = None
 
   @property
   def grid(self) -> int:
@@ -132,6 +143,7 @@ class LatentDiffiT(nn.Module):
     )
     positions = sincos_positions(self.hidden_dim, self.grid)
     h += positions.reshape(self.grid, self.grid, -1)  # (11)
+    h = self.constrain(h)
 
     h = self._run_blocks(h.astype(self.dtype), time)
 
@@ -149,15 +161,18 @@ class LatentDiffiT(nn.Module):
     )
 
   def _run_blocks(self, h: jax.Array, time: jax.Array) -> jax.Array:
-    block = DiffiTBlock
-    if REMAT_POLICIES[self.remat] is not None:
-      block = nn.remat(
-        block,
-        policy=REMAT_POLICIES[self.remat],
-        prevent_cse=not self.scan_blocks,  # a loop keeps them apart
-      )
+    block = transform(
+      DiffiTBlock,
+      self.remat,
+      self.map_params,
+      prevent_cse=not self.scan_blocks,
+    )
     fields = dict(
-      num_heads=self.num_heads, mlp_ratio=self.mlp_ratio, dtype=self.dtype
+      num_heads=self.num_heads,
+      mlp_ratio=self.mlp_ratio,
+      dtype=self.dtype,
+      attention=self.attention,
+      constrain=self.constrain,
     )
     if not self.scan_blocks:
       for i in range(self.depth):
@@ -173,10 +188,7 @@ class LatentDiffiT(nn.Module):
     return scan(block(**fields, name=STACKED), h, time)[0]
 
   def _check(self, x: jax.Array, labels: jax.Array | None) -> None:
-    if self.remat not in REMAT_POLICIES:
-      raise UserError(
-        f"model.remat={self.remat!r}: use one of {sorted(REMAT_POLICIES)}"
-      )
+    check_options(self.remat, self.attention)
     if self.hidden_dim % 4 or self.hidden_dim % self.num_heads:
       raise UserError(
         f"model.hidden_dim={self.hidden_dim} must be a multiple of 4 and of"

@@ -1,9 +1,10 @@
 """The one device mesh, with axes `data` and `fsdp`, and batches on it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import math
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -13,21 +14,38 @@ AXES = ("data", "fsdp")
 
 
 def make_mesh(
-  data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = None
+  data: int = -1,
+  fsdp: int = 1,
+  num_devices: int = 0,
+  devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
   """A mesh over all devices of all processes.
+
+  Neighbours along `fsdp` are neighbours in the network, and never in different
+  slices: between slices, only the gradients of `data` cross.
 
   Args:
     data: replicas of the parameters; -1 is what `fsdp` leaves.
     fsdp: devices that share one copy of the parameters; -1 is what `data`
-      leaves. One of the two may be -1.
+      leaves. One of the two may be -1. With data=-1, where there are fewer
+      devices, all of them share one copy.
+    num_devices: how many there must be; 0 for any number.
     devices: the devices; None is all there are.
 
   Returns:
     A mesh with axes ("data", "fsdp"). Batches are split over both.
+
+  Raises:
+    UserError: the numbers do not go together.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = [data, fsdp]
+  if num_devices not in (0, len(devices)):
+    raise UserError(
+      f"mesh.num_devices={num_devices} but there are {len(devices)}"
+      f" ({devices[0].device_kind}, {jax.process_count()} processes): some"
+      " hosts or devices are missing, or the config is another machine's"
+    )
+  sizes = [data, min(fsdp, len(devices)) if data == -1 else fsdp]
   if sizes.count(-1) == 1:
     known = math.prod(size for size in sizes if size != -1)
     sizes[sizes.index(-1)] = len(devices) // max(known, 1)
@@ -36,7 +54,22 @@ def make_mesh(
       f"mesh.data={data} x mesh.fsdp={fsdp} does not make {len(devices)}"
       " devices: the product must be their number, and one may be -1"
     )
-  return Mesh(np.asarray(devices).reshape(sizes), AXES)
+  return Mesh(_arrange(devices, *sizes), AXES)
+
+
+def _arrange(devices: Sequence[jax.Device], data: int, fsdp: int) -> np.ndarray:
+  """The devices as [data, fsdp], following the network's shape."""
+  slices = {getattr(device, "slice_index", 0) for device in devices}
+  if len(slices) == 1:
+    return mesh_utils.create_device_mesh((data, fsdp), devices)
+  if data % len(slices):
+    raise UserError(
+      f"mesh.fsdp={fsdp} spans several of the {len(slices)} slices of"
+      f" {len(devices) // len(slices)} devices: use a divisor of that"
+    )
+  return mesh_utils.create_hybrid_device_mesh(
+    (data // len(slices), fsdp), (len(slices), 1), devices
+  )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,41 +1,76 @@
-"""Where each array of the training state lies on the mesh."""
+"""Where each array of a training run lies on the mesh.
+
+Parameters, optimizer moments and averages follow one list of rules, matched
+against their path. Each device stores its part of them; a block gathers its
+weights where it uses them (`gather`), in the type that it computes in, so that
+no activation ever moves: batches stay split over all devices throughout.
+"""
+
+from collections.abc import Callable, Mapping
+import re
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diffit_jax.parallel.mesh import AXES
+
 STACKED = "blocks"  # name of a subtree whose axis 0 counts scanned blocks
+LARGEST = "largest"  # split the largest dimension that `fsdp` divides
+
+# (regex that is searched in "path/of/the/array", its placement), first match
+# wins. A placement is LARGEST or a PartitionSpec for the last dimensions. The
+# scan axis of stacked blocks is never split: every device runs every block.
+Rules = tuple[tuple[str, str | PartitionSpec], ...]
+RULES: Rules = (
+  (r"/(bias|scale)$", PartitionSpec()),  # small: a whole copy on every device
+  (r"", LARGEST),
+)
 
 
 def parameter_spec(
-  shape: tuple[int, ...], fsdp: int, is_stacked: bool = False
+  path: str, shape: tuple[int, ...], fsdp: int, rules: Rules = RULES
 ) -> PartitionSpec:
-  """Splits the largest dimension that `fsdp` divides; none for small arrays.
+  """The placement of one array.
 
   Args:
+    path: keys joined by "/".
     shape: of the array.
     fsdp: devices that share it.
-    is_stacked: whether axis 0 counts the scanned blocks; it is never split,
-      since every device runs every block.
+    rules: the first that matches decides.
+
+  Raises:
+    ValueError: no rule matches, or the rule's dimensions do not divide.
   """
-  axes = range(1 if is_stacked else 0, len(shape))
-  axes = [axis for axis in axes if fsdp > 1 and shape[axis] % fsdp == 0]
-  if len(shape) < 2 + is_stacked or not axes:
-    return PartitionSpec()
-  axis = max(axes, key=lambda axis: shape[axis])
-  return PartitionSpec(*[None] * axis, "fsdp")
+  matching = (rule for regex, rule in rules if re.search(regex, f"/{path}"))
+  placement = next(matching, None)
+  if placement is None:
+    raise ValueError(f"no sharding rule matches {path}")
+  first = 1 if f"/{STACKED}/" in f"/{path}/" else 0
+  if placement == LARGEST:
+    axes = [i for i in range(first, len(shape)) if shape[i] % fsdp == 0]
+    if fsdp == 1 or not axes:
+      return PartitionSpec()
+    axis = max(axes, key=lambda i: shape[i])
+    return PartitionSpec(*[None] * axis, "fsdp")
+  lead = len(shape) - len(placement)
+  split = [i for i, name in enumerate(placement) if name == "fsdp"]
+  if lead < first or any(shape[lead + i] % fsdp for i in split):
+    raise ValueError(f"the rule {placement} does not fit {path} {shape}")
+  return PartitionSpec(*[None] * lead, *placement) if split else PartitionSpec()
 
 
-def tree_sharding(mesh: Mesh, tree):
+def tree_sharding(mesh: Mesh, tree, rules: Rules = RULES):
   """A NamedSharding for every leaf of a tree of arrays or abstract arrays.
 
-  Parameters, optimizer moments and EMA have the same shapes, so one rule puts
-  all three in the same place.
+  Moments and averages end in the paths of their parameters, so the rules put
+  all of them in the same place.
   """
   fsdp = mesh.shape["fsdp"]
 
   def place(path, leaf):
-    is_stacked = any(getattr(key, "key", None) == STACKED for key in path)
-    return NamedSharding(mesh, parameter_spec(leaf.shape, fsdp, is_stacked))
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return NamedSharding(mesh, parameter_spec(name, leaf.shape, fsdp, rules))
 
   return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -47,3 +82,36 @@ def with_sharding(abstract, sharding):
     abstract,
     sharding,
   )
+
+
+def constrain_batch(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+  """The function that keeps an activation [b, ...] split over all devices."""
+  sharding = NamedSharding(mesh, PartitionSpec(AXES))
+  return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+def gather(mesh: Mesh, dtype: jnp.dtype | None = None) -> Callable:
+  """The function that makes whole copies of parameters where they are used.
+
+  Args:
+    mesh: their devices.
+    dtype: kernels and biases are cast to it before they travel, which is half
+      the bytes in bfloat16; None leaves all as they are.
+  """
+  whole = NamedSharding(mesh, PartitionSpec())
+
+  def gather_one(path, leaf):
+    if dtype is not None and path[-1].key in ("kernel", "bias"):
+      leaf = leaf.astype(dtype)
+    return jax.lax.with_sharding_constraint(leaf, whole)
+
+  return lambda params: jax.tree_util.tree_map_with_path(gather_one, params)
+
+
+def gather_outside_blocks(mesh: Mesh, params: Mapping) -> dict:
+  """Gathers what no block of a model would gather: its ends and embeddings."""
+  whole = gather(mesh)
+  return {
+    name: subtree if "block" in name else whole(subtree)
+    for name, subtree in params.items()
+  }

@@ -12,6 +12,7 @@ from ml_collections import config_dict
 from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import mesh as mesh_lib
+from diffit_jax.parallel import sharding
 from diffit_jax.training import ema, objective, step
 from diffit_jax.training.optimizer import make_optimizer
 from diffit_jax.training.state import TrainState, abstract_state, make_init
@@ -50,16 +51,12 @@ def build(
   """
   check_consistent(config)
   mesh = mesh_lib.make_mesh(**config.mesh, devices=devices)
-  mesh_lib.check_batch(mesh, config.batch_size, "batch_size")
+  _check_batch(mesh, config)
   model = models.make_model(config.model)
   optimizer = make_optimizer(config.optimizer, config.batch_size)
   init = make_init(lambda: init_params(model, config), optimizer, config.ema)
   abstract = abstract_state(init, mesh)
-  if config.diffusion.kind == "edm":
-    loss = objective.edm_loss(model, config.diffusion)
-  else:
-    scaling_factor = config.autoencoder.scaling_factor
-    loss = objective.adm_loss(model, config.diffusion, scaling_factor)
+  loss = make_loss(model, config, mesh)
   pure_step = step.make_step(
     loss,
     optimizer,
@@ -67,9 +64,42 @@ def build(
     batch_size=config.batch_size,
     seed=config.seed,
     matmul_precision=config.matmul_precision,
+    num_microbatches=config.num_microbatches,
+    mesh=mesh,
   )
   train_step = step.compile_step(pure_step, mesh, abstract)
   return Program(model, mesh, init, abstract, train_step)
+
+
+def make_loss(
+  model: nn.Module, config: config_dict.ConfigDict, mesh: Mesh
+) -> objective.Loss:
+  """The run's loss with every array kept in its place on the mesh."""
+  placed = model.clone(
+    constrain=sharding.constrain_batch(mesh),
+    map_params=sharding.gather(mesh, model.dtype),
+  )
+  if config.diffusion.kind == "edm":
+    loss = objective.edm_loss(placed, config.diffusion)
+  else:
+    scaling_factor = config.autoencoder.scaling_factor
+    loss = objective.adm_loss(placed, config.diffusion, scaling_factor)
+
+  def gathered_loss(params, batch, key):
+    params = sharding.gather_outside_blocks(mesh, params)
+    return loss(params, batch, key)
+
+  return gathered_loss
+
+
+def _check_batch(mesh: Mesh, config: config_dict.ConfigDict) -> None:
+  mesh_lib.check_batch(mesh, config.batch_size, "batch_size")
+  parts = config.num_microbatches
+  if parts < 1 or config.batch_size % (parts * mesh.size):
+    raise UserError(
+      f"num_microbatches={parts} does not divide the"
+      f" {config.batch_size // mesh.size} images of each device"
+    )
 
 
 def check_consistent(config: config_dict.ConfigDict) -> None:

@@ -1,13 +1,15 @@
 """The training step: loss, gradient, optimizer, EMA, and what is watched."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import optax
 
-from diffit_jax.parallel.mesh import batch_sharding, replicated
+from diffit_jax.parallel.mesh import AXES, batch_sharding, replicated
+from diffit_jax.parallel.sharding import tree_sharding
 from diffit_jax.training import ema as ema_lib
 from diffit_jax.training.objective import Loss
 from diffit_jax.training.state import Monitor, TrainState
@@ -21,6 +23,8 @@ def make_step(
   batch_size: int,
   seed: int,
   matmul_precision: str = "highest",
+  num_microbatches: int = 1,
+  mesh: Mesh | None = None,
 ) -> Callable:
   """The pure step (state, monitor, batch) -> (state, monitor).
 
@@ -32,13 +36,23 @@ def make_step(
     seed: of all the run's random draws.
     matmul_precision: of float32 products; "highest" is true float32 on every
       backend, "default" the hardware's fast way.
+    num_microbatches: parts of the batch that are taken one after the other, to
+      save memory. Draws depend on the sample alone, so loss and gradient are
+      those of the whole batch up to the order of sums.
+    mesh: of the batch and the parameters; None for one device.
   """
+  place = (lambda tree: tree) if mesh is None else partial(_place, mesh)
 
   def step(state: TrainState, monitor: Monitor, batch: dict):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    mean_loss = lambda params: jnp.mean(loss(params, batch, key))
+    mean_loss = lambda params, batch: jnp.mean(loss(params, batch, key))
     with jax.default_matmul_precision(matmul_precision):
-      value, gradients = jax.value_and_grad(mean_loss)(state.params)
+      value, gradients = _accumulate(
+        jax.value_and_grad(mean_loss),
+        state.params,
+        split_batch(batch, num_microbatches, mesh),
+        place,
+      )
     updates, opt_state = optimizer.update(
       gradients, state.opt_state, state.params
     )
@@ -53,6 +67,46 @@ def make_step(
     return new, _watch(monitor, state.step, value, gradients)
 
   return step
+
+
+def _place(mesh: Mesh, gradients):
+  """Gradients where their parameters are."""
+  return jax.lax.with_sharding_constraint(
+    gradients, tree_sharding(mesh, gradients)
+  )
+
+
+def split_batch(batch: dict, num: int, mesh: Mesh | None = None) -> dict:
+  """[b, ...] -> [num, b / num, ...]: each device parts its own rows.
+
+  Row r of the batch goes to part r % num, so that no row changes its device.
+  """
+
+  def split(x):
+    x = x.reshape(x.shape[0] // num, num, *x.shape[1:]).swapaxes(0, 1)
+    if mesh is None:
+      return x
+    sharding = NamedSharding(mesh, PartitionSpec(None, AXES))
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+  return jax.tree.map(split, batch)
+
+
+def _accumulate(value_and_grad: Callable, params, parts: dict, place: Callable):
+  """(mean loss, gradient) over the leading axis of `parts`."""
+
+  def one(part):
+    value, gradients = value_and_grad(params, part)
+    return value, place(gradients)
+
+  num = jax.tree.leaves(parts)[0].shape[0]
+  first = one(jax.tree.map(lambda x: x[0], parts))
+  if num == 1:
+    return first
+  add = lambda sums, part: (jax.tree.map(jnp.add, sums, one(part)), None)
+  rest = jax.tree.map(lambda x: x[1:], parts)
+  sums, _ = jax.lax.scan(add, first, rest)
+  return jax.tree.map(lambda x: x / num, sums)
 
 
 def _watch(monitor: Monitor, step, loss, gradients) -> Monitor:

@@ -24,6 +24,8 @@ _FIXED = (
   "ema",
 )
 
+# How the model is computed, but for rounding not what.
+_FREE_IN_MODEL = ("remat", "attention")
 
 DATA = "data_identity"  # key of config.json: what the data set really was
 
@@ -59,6 +61,9 @@ def check(
       " another --workdir"
     ) from error
   new = json.loads(config.to_json_best_effort())
+  for model in (old.get("model", {}), new["model"]):
+    for field in _FREE_IN_MODEL:
+      model.pop(field, None)
   fixed = (*_FIXED, *([DATA] if data else []))
   new[DATA] = dict(data or {})
   different = _differences(

@@ -16,7 +16,13 @@ from diffit_jax.training import state
 
 @pytest.mark.parametrize(
   "data, fsdp, expected",
-  [(-1, 1, (8, 1)), (-1, 4, (2, 4)), (2, -1, (2, 4)), (1, 8, (1, 8))],
+  [
+    (-1, 1, (8, 1)),
+    (-1, 4, (2, 4)),
+    (2, -1, (2, 4)),
+    (1, 8, (1, 8)),
+    (-1, 16, (1, 8)),  # fewer devices: all share one copy
+  ],
 )
 def test_mesh_sizes(data, fsdp, expected):
   mesh = mesh_lib.make_mesh(data, fsdp)
@@ -36,21 +42,40 @@ def test_batches_that_cannot_be_shared_are_refused(batch):
 
 
 @pytest.mark.parametrize(
-  "shape, fsdp, is_stacked, expected",
+  "path, shape, fsdp, expected",
   [
-    ((4, 8), 1, False, ()),
-    ((4, 8), 4, False, (None, "fsdp")),
-    ((8, 4), 4, False, ("fsdp",)),
-    ((3, 3, 16, 8), 4, False, (None, None, "fsdp")),
-    ((8,), 4, False, ()),  # small: a whole copy on every device
-    ((3, 5), 4, False, ()),
-    ((28, 961, 16), 4, True, (None, None, "fsdp")),  # never the scan axis
-    ((28, 961), 4, True, ()),
+    ("fc1/kernel", (4, 8), 1, ()),
+    ("fc1/kernel", (4, 8), 4, (None, "fsdp")),
+    ("fc2/kernel", (8, 4), 4, ("fsdp",)),
+    ("conv/kernel", (3, 3, 16, 8), 4, (None, None, "fsdp")),
+    ("fc1/bias", (8,), 4, ()),  # small: a whole copy on every device
+    ("0/mu/norm/scale", (8,), 4, ()),
+    ("fc1/kernel", (3, 5), 4, ()),  # nothing divides
+    ("count", (), 4, ()),
+    ("mu/blocks/attn/table", (28, 961, 16), 4, (None, None, "fsdp")),
+    ("blocks/odd/kernel", (28, 961), 4, ()),  # never the scan axis
+    ("blocks_1/fc1/kernel", (28, 14), 4, ("fsdp",)),
   ],
 )
-def test_parameter_spec(shape, fsdp, is_stacked, expected):
-  found = sharding.parameter_spec(shape, fsdp, is_stacked)
+def test_parameter_spec(path, shape, fsdp, expected):
+  found = sharding.parameter_spec(path, shape, fsdp)
   assert found == PartitionSpec(*expected)
+
+
+def test_the_first_rule_that_matches_decides():
+  rules = (
+    (r"/fc1/kernel$", PartitionSpec("fsdp", None)),
+    (r"/kernel$", sharding.LARGEST),
+  )
+  spec = lambda path, shape: sharding.parameter_spec(path, shape, 4, rules)
+  assert spec("fc1/kernel", (4, 8)) == PartitionSpec("fsdp", None)
+  stacked = spec("blocks/fc1/kernel", (2, 4, 8))
+  assert stacked == PartitionSpec(None, "fsdp", None)
+  assert spec("fc2/kernel", (4, 8)) == PartitionSpec(None, "fsdp")
+  with pytest.raises(ValueError, match="no sharding rule matches fc1/bias"):
+    spec("fc1/bias", (8,))
+  with pytest.raises(ValueError, match="does not fit fc1/kernel"):
+    spec("fc1/kernel", (3, 8))
 
 
 def test_the_scanned_subtree_is_known_by_its_name():
