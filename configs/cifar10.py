@@ -13,6 +13,7 @@ Variants, after a colon and separated by commas:
   width=1-2-2|2-2-2  channel multipliers: appendix I.1, or EDM's
   precision=paper|bf16  float32 as in the paper, or bfloat16 matrix products
   duration=edm|iterations  200 million images (EDM), or 200,000 steps (I.1)
+  ema=one|power    the average below, or two more for export --ema=WIDTH
   debug            the same path with a small network and a few steps
 """
 
@@ -29,6 +30,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
     width=("1-2-2", "2-2-2"),
     precision=("paper", "bf16"),
     duration=("edm", "iterations"),
+    ema=("one", "power"),
     debug=(False, True),
   )
   config = ffhq64.get_config(
@@ -48,10 +50,11 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.sampler.steps = 18  # 35 network evaluations
   if variant.debug:
     config.sampler.steps = 3
-    return config
-
-  config.model.num_blocks = variant.blocks
-  config.batch_size = 512
-  if variant.duration == "edm":
-    config.total_steps = 390_625  # x 512 = 200 million images
+  else:
+    config.model.num_blocks = variant.blocks
+    config.batch_size = 512
+    if variant.duration == "edm":
+      config.total_steps = 390_625  # x 512 = 200 million images
+  if variant.ema == "power":
+    common.add_power_averages(config)
   return config

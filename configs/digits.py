@@ -12,6 +12,7 @@ Variants, after a colon and separated by commas:
   window=4|2|8     side of the attention windows on the 8x8 level
   blocks=1|2       blocks per level
   precision=paper|bf16  float32, or bfloat16 matrix products
+  ema=one|power    the average below, or two more for export --ema=WIDTH
   debug            the same path with a small network and a few steps
 """
 
@@ -26,6 +27,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
     window=(4, 2, 8),
     blocks=(1, 2),
     precision=("paper", "bf16"),
+    ema=("one", "power"),
     debug=(False, True),
   )
   config = ffhq64.get_config(f"precision={variant.precision}")
@@ -76,4 +78,6 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
     config.log_every_steps = 2
     config.sample_every_steps = 4
     config.save_every_steps = 2
+  if variant.ema == "power":
+    common.add_power_averages(config)
   return config

@@ -12,6 +12,7 @@ Variants, after a colon and separated by commas:
   blocks=4|1-2-2-2 blocks per level: appendix H.1, or I.1
   precision=paper|bf16  float32 as in the paper, or bfloat16 matrix products
   duration=edm|iterations  200 million images (EDM), or 200,000 steps (I.1)
+  ema=one|power    the average below, or two more for export --ema=WIDTH
   debug            the same path with a small network and a few steps
 """
 
@@ -27,6 +28,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
     blocks=(4, "1-2-2-2"),
     precision=("paper", "bf16"),
     duration=("edm", "iterations"),
+    ema=("one", "power"),
     debug=(False, True),
   )
   config = config_dict.ConfigDict()
@@ -130,4 +132,6 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
     config.log_every_steps = 2
     config.sample_every_steps = 4
     config.save_every_steps = 2
+  if variant.ema == "power":
+    common.add_power_averages(config)
   return config

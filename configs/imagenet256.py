@@ -16,6 +16,7 @@ Variants, after a colon and separated by commas:
   guidance=4.4|4.6      the release's README, or the paper's text
   data=latents|images   from prepared latents, or encoded on the fly (--vae)
   precision=bf16|paper  bfloat16 blocks, or float32
+  ema=one|power         the average below, or two more for export --ema=WIDTH
   debug                 the same path with a small network and a few steps
 """
 
@@ -31,6 +32,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
     guidance=(4.4, 4.6),
     data=("latents", "images"),
     precision=("bf16", "paper"),
+    ema=("one", "power"),
     debug=(False, True),
   )
   config = config_dict.ConfigDict()
@@ -137,4 +139,6 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
     config.log_every_steps = 2
     config.sample_every_steps = 4
     config.save_every_steps = 2
+  if variant.ema == "power":
+    common.add_power_averages(config)
   return config

@@ -13,6 +13,7 @@ Variants, after a colon and separated by commas:
   depth=28|paper_text   blocks: the released weights, or H.2's 30
   data=latents|images   from prepared latents, or encoded on the fly (--vae)
   precision=bf16|paper  bfloat16 blocks, or float32
+  ema=one|power         the average below, or two more for export --ema=WIDTH
   debug                 the same path with a small network and a few steps
 """
 
@@ -27,6 +28,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
     depth=(28, "paper_text"),
     data=("latents", "images"),
     precision=("bf16", "paper"),
+    ema=("one", "power"),
     debug=(False, True),
   )
   config = imagenet256.get_config(
@@ -38,10 +40,11 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.optimizer.learning_rate = 1e-4
   config.sampler.guidance_scale = 1.49
   config.sampler.guidance_schedule = "constant"
-  if variant.debug:
-    return config
-  config.batch_size = 512
-  config.total_steps = 3_500_000  # the paper does not say; as many images
-  config.data.resolution = 64  # side of a latent: pixels / 8
-  config.model.input_size = 64
+  if not variant.debug:
+    config.batch_size = 512
+    config.total_steps = 3_500_000  # the paper does not say; as many images
+    config.data.resolution = 64  # side of a latent: pixels / 8
+    config.model.input_size = 64
+  if variant.ema == "power":
+    common.add_power_averages(config)
   return config

@@ -143,6 +143,59 @@ def require_one_of(**values: str | None) -> None:
     raise UserError(f"give {'exactly one of ' * (len(values) > 1)}{names}")
 
 
+@dataclasses.dataclass(frozen=True)
+class RuntimeFlags:
+  """The flags that tell a process of which run it is a part."""
+
+  coordinator: flags.FlagHolder
+  num_processes: flags.FlagHolder
+  process_id: flags.FlagHolder
+  start_timeout: flags.FlagHolder
+  heartbeat_timeout: flags.FlagHolder
+
+  def joined(self):
+    """The context in which all processes of the run are together."""
+    from diffit_jax.parallel import runtime
+
+    cluster = runtime.detect(
+      self.coordinator.value,
+      self.num_processes.value,
+      self.process_id.value,
+      os.environ,
+      runtime.has_tpu(),
+    )
+    return runtime.joined(
+      cluster, self.start_timeout.value, self.heartbeat_timeout.value
+    )
+
+
+def define_runtime_flags() -> RuntimeFlags:
+  """Defines the flags of `RuntimeFlags`, once per program."""
+  return RuntimeFlags(
+    coordinator=flags.DEFINE_string(
+      "coordinator",
+      None,
+      "HOST:PORT of process 0. Slurm and TPUs are found without these flags.",
+    ),
+    num_processes=flags.DEFINE_integer(
+      "num_processes", None, "Of the run. 1 is alone, whatever is found.", 1
+    ),
+    process_id=flags.DEFINE_integer(
+      "process_id", None, "Of this process, from 0.", 0
+    ),
+    start_timeout=flags.DEFINE_integer(
+      "start_timeout", 1800, "Seconds to wait for all processes to come.", 1
+    ),
+    heartbeat_timeout=flags.DEFINE_integer(
+      "heartbeat_timeout",
+      100,
+      "Seconds without a sign of life after which a process counts as dead, and"
+      " all others end.",
+      1,
+    ),
+  )
+
+
 # Flags that replace the config's sampler fields of the same name.
 _SAMPLER_FIELDS = (
   "solver",
@@ -234,8 +287,9 @@ def define_sampling_flags() -> SamplingFlags:
     ema=flags.DEFINE_string(
       "ema",
       None,
-      "Which average of the weights; none for the raw parameters. Default:"
-      " the run's first.",
+      "Which average of the weights; none for the raw parameters; a relative"
+      " width such as 0.08, made from the run's snapshots. Default: the run's"
+      " first.",
     ),
     vae=flags.DEFINE_string(
       "vae",

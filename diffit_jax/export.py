@@ -7,6 +7,8 @@
 --layout=native carries its own config. --layout=official has exactly the keys,
 shapes and dtypes of the released weights, for the official PyTorch code; only
 latent models have it. --checkpoint=FILE converts a file instead of a run.
+--ema=0.08 makes the power-function average of that relative width from the
+run's snapshots, at the newest of them (Karras et al. 2024).
 """
 
 from absl import flags
@@ -26,7 +28,10 @@ _LAYOUT = flags.DEFINE_enum(
 )
 _OUT = flags.DEFINE_string("out", None, "The .safetensors file to write.")
 _EMA = flags.DEFINE_string(
-  "ema", None, "Name of the average; none for the raw parameters."
+  "ema",
+  None,
+  "Name of the average; none for the raw parameters; a relative width such as"
+  " 0.08, which is made from the run's snapshots. Default: the run's first.",
 )
 
 
@@ -49,9 +54,12 @@ def main() -> int:
     loaded.config,
     step=loaded.step,
     ema=loaded.ema,
+    about=loaded.about,
     layout=_LAYOUT.value,
   )
   print(f"{_OUT.value}: step {loaded.step}, ema {loaded.ema}")
+  if loaded.about:
+    print(loaded.about)
   return 0
 
 

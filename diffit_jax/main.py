@@ -5,6 +5,10 @@
 Variants follow the config file after a colon (configs/ffhq64.py:debug) and any
 field can be set (--config.batch_size=64). Exit code 75 means that SIGTERM came
 and the current step was saved: start the command again.
+
+On several hosts start the same command on each of them, with a workdir that
+all of them see. TPU slices and Slurm steps are recognised; elsewhere add
+--coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
 from absl import flags
@@ -33,6 +37,13 @@ _DRY_RUN = flags.DEFINE_bool(
   "Print config, parameters, MACs and memory per device, and exit. Needs no"
   " data.",
 )
+_PROFILE_STEPS = flags.DEFINE_string(
+  "profile_steps",
+  None,
+  "FIRST:END, as 10:13: traces these steps into the workdir's folder profile,"
+  " for TensorBoard or XProf.",
+)
+_RUNTIME = cli.define_runtime_flags()
 
 
 def main() -> int:
@@ -43,16 +54,23 @@ def main() -> int:
     print(report.dry_run(config))
     return 0
   from diffit_jax.generation.generator import SamplerOptions, make_grid_sampler
+  from diffit_jax.parallel import runtime
+  from diffit_jax.training import timing
   from diffit_jax.training.loop import train
 
   SamplerOptions.from_config(config)  # a mistake in it would show late
-  finished = train(
-    config,
-    _WORKDIR.value or f"runs/{config.name}",
-    _DATA_DIR.value,
-    make_grid_sampler,
-    vae=_VAE.value,
-  )
+  profile_steps = timing.parse_steps(_PROFILE_STEPS.value)
+  workdir = _WORKDIR.value or f"runs/{config.name}"
+  with _RUNTIME.joined():
+    runtime.use_compilation_cache(f"{workdir}/compilation_cache")
+    finished = train(
+      config,
+      workdir,
+      _DATA_DIR.value,
+      make_grid_sampler,
+      vae=_VAE.value,
+      profile_steps=profile_steps,
+    )
   return 0 if finished else cli.REQUEUE
 
 

@@ -16,6 +16,7 @@ class Progress:
     unit: what is counted, for example "images".
     initial: units that an earlier, interrupted run had already done.
     every_seconds: how often a plain line is printed where no terminal is.
+    quiet: shows nothing, as in all processes but one.
   """
 
   def __init__(
@@ -25,7 +26,9 @@ class Progress:
     unit: str,
     initial: int = 0,
     every_seconds: float = 10.0,
+    quiet: bool = False,
   ):
+    self._quiet = quiet
     self._is_terminal = sys.stderr.isatty()
     self._label, self._unit, self._every = label, unit, every_seconds
     self._next_line = time.monotonic() + every_seconds
@@ -34,7 +37,7 @@ class Progress:
       desc=label,
       unit=f" {unit}",
       initial=initial,
-      disable=not self._is_terminal,
+      disable=quiet or not self._is_terminal,
       dynamic_ncols=True,
     )
     self._total, self._done, self._initial = total, initial, initial
@@ -46,7 +49,9 @@ class Progress:
     self._bar.update(count)
     if note:
       self._bar.set_postfix_str(note, refresh=False)
-    if not self._is_terminal and time.monotonic() >= self._next_line:
+    if self._quiet or self._is_terminal:
+      return
+    if time.monotonic() >= self._next_line:
       self._next_line = time.monotonic() + self._every
       logging.info("%s", self.line(note))
 

@@ -22,6 +22,29 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import pytest  # noqa: E402
 
+# Begun first, so that both workers of xdist end at about the same time.
+LONG_FILES = (
+  "test_readme.py",
+  "test_latent_commands.py",
+  "test_commands.py",
+  "test_kill.py",
+  "test_loop.py",
+)
+
+
+def pytest_configure(config):
+  """Tests compile much and compute little: XLA is not to optimise.
+
+  Slow tests are real runs, and time the compiler: there it is to.
+  """
+  if config.option.markexpr == "not slow":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
+def pytest_collection_modifyitems(items):
+  """Puts the long files first (needs --no-loadscope-reorder)."""
+  items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> str:

@@ -54,12 +54,13 @@ def test_the_named_folder_is_what_the_config_asks_for(tmp_path):
   source = _write_images(tmp_path / "source", 3)
   done = _run(
       "image_folder", f"--source={source}", "--resolution=4", "--crop=adm",
-      "--name=cats", f"--data_dir={tmp_path}",
+      "--name=cats", "--encoding=png", f"--data_dir={tmp_path}",
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   dataset = pipeline.open_dataset("cats", str(tmp_path))
   assert dataset.image_shape == (4, 4, 3)
   assert dataset.metadata["settings"]["crop"] == "adm"
+  assert dataset.encoding == "png"
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,8 @@ def test_the_named_folder_is_what_the_config_asks_for(tmp_path):
     (["imagenette"], "unknown data set 'imagenette': choose from digits, "),
     (["digits", "more"], "unexpected argument 'more'"),
     (["digits", "--crop=adm"], "digits takes no --crop"),
+    (["cifar10", "--encoding=raw"], "cifar10 takes no --encoding"),
+    (["digits", "--encoding=jpeg"], "--encoding"),
     (["ffhq64"], "ffhq64 needs --source=FOLDER_OR_ZIP"),
     (["image_folder", "--source=x"], "needs a --resolution of 1 or more"),
     (

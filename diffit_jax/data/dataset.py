@@ -19,6 +19,9 @@ import pathlib
 import re
 from typing import Any
 
+import numpy as np
+
+from diffit_jax.data.records import Records, encoding_of
 from diffit_jax.errors import UserError
 
 METADATA_FILE = "prepared.json"
@@ -32,7 +35,8 @@ class Dataset:
 
   Attributes:
     source: random access to the records: `len`, `[i]` and `__getitems__` give
-      {"image": encoded bytes, "label": int}, of latents {"moments",
+      {"image": a file, or [h, w, c] uint8 where `encoding` is "raw", "label":
+      int}, of latents {"moments",
       "mirror_moments": [h, w, 2c], "label"}; 0 where the set has no labels.
     num_images: length of the source.
     image_shape: (height, width, channels) of every image; of latents, of the
@@ -42,6 +46,8 @@ class Dataset:
     directory: the folder that holds the records.
     kind: "image" or "latent".
     latent_shape: (height, width, channels) of every latent; None for images.
+    encoding: of the images, one of `transforms.ENCODINGS`; "png" stands for
+      whatever files TFDS has.
   """
 
   source: Sequence[dict[str, Any]]
@@ -52,6 +58,7 @@ class Dataset:
   directory: str
   kind: str = "image"
   latent_shape: tuple[int, int, int] | None = None
+  encoding: str = "png"
 
 
 def default_data_dir() -> str:
@@ -134,10 +141,7 @@ def open_dataset(
       f" and array_record is needed; remake it with: {command} --overwrite"
     )
   _check_files(directory, splits, command)
-  if not _is_latent(features) and (
-    "image" not in features
-    or (None in features["image"].shape and not any_size)
-  ):
+  if not _is_latent(features) and not _has_images(features, any_size):
     raise UserError(
       f"data set {directory} has no images of one size; prepare them with:"
       f" {prepare_command(name, data_dir, builder='image_folder')}"
@@ -258,39 +262,6 @@ def _check_classes(dataset: Dataset, num_classes: int) -> None:
     )
 
 
-class _Records(Sequence):
-  """TFDS's data source, cut down to `keys` and "label"."""
-
-  def __init__(self, source: Any, keys: Sequence[str], directory: pathlib.Path):
-    self._source, self._keys, self._directory = source, keys, directory
-
-  def __len__(self) -> int:
-    return len(self._source)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    if not 0 <= index < len(self):
-      raise IndexError(f"record {index} of {len(self)}")
-    return self.__getitems__([index])[0]
-
-  def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-    try:
-      records = self._source.__getitems__(indices)
-    except Exception as error:  # ArrayRecord and TFDS have no class for damage
-      raise UserError(
-        f"data set {self._directory} is damaged"
-        f" ({(str(error).splitlines() or [''])[0][:200]}); remake it with the"
-        " command that made it and --overwrite"
-      ) from error
-    return [self._keep(record) for record in records]
-
-  def __repr__(self) -> str:
-    return f"_Records({self._source!r})"
-
-  def _keep(self, record: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: record[key] for key in self._keys}
-    return kept | {"label": int(record.get("label", 0))}
-
-
 def _check_files(directory: pathlib.Path, splits: Any, command: str) -> None:
   """Every file of every split is there with something in it."""
   for split in splits.values():
@@ -302,18 +273,25 @@ def _check_files(directory: pathlib.Path, splits: Any, command: str) -> None:
         )
 
 
+def _has_images(features: Any, any_size: bool) -> bool:
+  if "image" not in features:
+    return False
+  shape, dtype = features["image"].shape, features["image"].np_dtype
+  if encoding_of(features["image"]) == "raw" and dtype != np.uint8:
+    return False
+  return len(shape) == 3 and (any_size or None not in shape)
+
+
 def _is_latent(features: Any) -> bool:
   return set(MOMENTS) <= set(features)
 
 
 def _open(builder: Any, split: str, directory: pathlib.Path) -> Dataset:
-  import tensorflow_datasets as tfds
-
   features = builder.info.features
   is_latent = _is_latent(features)
-  decoders = None if is_latent else {"image": tfds.decode.SkipDecoding()}
+  keys = MOMENTS if is_latent else ["image"]
   try:
-    source = builder.as_data_source(split=split, decoders=decoders)
+    source = Records(builder, split, keys, directory)
   except (ValueError, KeyError) as error:
     raise UserError(
       f"data set {directory} has no split {split!r}: it has"
@@ -323,6 +301,7 @@ def _open(builder: Any, split: str, directory: pathlib.Path) -> Dataset:
     raise UserError(f"split {split!r} of data set {directory} is empty")
   metadata = read_metadata(directory)
   common = {
+    "source": source,
     "num_images": len(source),
     "num_classes": features["label"].num_classes if "label" in features else 0,
     "metadata": metadata,
@@ -330,13 +309,12 @@ def _open(builder: Any, split: str, directory: pathlib.Path) -> Dataset:
   }
   if not is_latent:
     return Dataset(
-      source=_Records(source, ["image"], directory),
       image_shape=tuple(features["image"].shape),
+      encoding=encoding_of(features["image"]),
       **common,
     )
   height, width, depth = features["moments"].shape
   return Dataset(
-    source=_Records(source, MOMENTS, directory),
     image_shape=tuple(metadata.get("image_shape", ())),
     kind="latent",
     latent_shape=(height, width, depth // 2),

@@ -19,11 +19,12 @@ import tempfile
 from typing import Any
 
 from absl import logging
+import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import download_manager
 
 from diffit_jax.data import dataset as dataset_lib
-from diffit_jax.data import transforms
+from diffit_jax.data import records, transforms
 from diffit_jax.errors import UserError
 from diffit_jax.progress import Progress
 
@@ -47,6 +48,7 @@ def prepare(
   overwrite: bool = False,
   download_dir: str | None = None,
   manual_dir: str | None = None,
+  encoding: str | None = None,
 ) -> pathlib.Path:
   """Makes the data set `data_dir/name` unless it is there already.
 
@@ -61,6 +63,8 @@ def prepare(
     overwrite: whether to make it anew whatever is there.
     download_dir: where TFDS keeps downloads; None where nothing is downloaded.
     manual_dir: where TFDS finds downloads made by hand.
+    encoding: the one of `transforms.ENCODINGS` that the user asked for, if any;
+      no setting, for the pixels are the same.
 
   Returns:
     The folder of the data set.
@@ -75,6 +79,7 @@ def prepare(
       existing = dataset_lib.find_directory(name, data_dir)
       if existing and not overwrite:
         check_same(existing, settings)
+        _check_encoding(existing, encoding)
         logging.info("%s is there already and stays as it is", existing)
         return existing
       builder = make_builder(str(staging))
@@ -168,6 +173,16 @@ def check_same(existing: pathlib.Path, settings: dict[str, Any]) -> None:
     )
 
 
+def _check_encoding(existing: pathlib.Path, encoding: str | None) -> None:
+  # Sets of before there was a choice hold PNG files.
+  former = dataset_lib.read_metadata(existing).get("encoding", "png")
+  if encoding not in (None, former):
+    raise UserError(
+      f"{existing} holds the same images with --encoding={former}; give another"
+      f" --name, or --overwrite to store them with --encoding={encoding}"
+    )
+
+
 def compare(former: dict[str, Any], settings: dict[str, Any]) -> str:
   """How settings differ from former ones, in words; empty if they do not."""
   return "; ".join(
@@ -188,6 +203,7 @@ def _describe(
     "name": builder.name,
     "source": source,
     "settings": settings,
+    "encoding": records.encoding_of(features["image"]),
     "image_shape": list(features["image"].shape),
     "num_images": splits["train"].num_examples,
     "num_classes": label.num_classes if label else 0,
@@ -204,16 +220,16 @@ def _content_hash(builder: tfds.core.DatasetBuilder) -> str:
   Pixels, not PNG bytes: those may differ with the compression library.
   """
   digest = hashlib.sha256()
-  channels = builder.info.features["image"].shape[-1]
+  feature = builder.info.features["image"]
+  decoders = records.image_decoders(feature)
   total = sum(split.num_examples for split in builder.info.splits.values())
   with Progress(total, "checking", "images") as progress:
     for split in sorted(builder.info.splits):
-      source = builder.as_data_source(
-        split=split, decoders={"image": tfds.decode.SkipDecoding()}
-      )
+      source = builder.as_data_source(split=split, decoders=decoders)
       for record in source:
         label = int(record.get("label", 0))
         digest.update(f"{split} {record['id']!r} {label} ".encode())
-        digest.update(transforms.decode(record["image"], channels))
+        pixels = transforms.decode(record["image"], feature.shape[-1])
+        digest.update(np.ascontiguousarray(pixels))
         progress.update()
   return digest.hexdigest()

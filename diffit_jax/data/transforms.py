@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 CROPS = ("edm", "center-crop", "adm")
+ENCODINGS = ("png", "raw")  # of the images in a prepared data set
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 89_478_485  # Pillow's own line for a decompression bomb
 # What Pillow raises for bytes that are no image, or a damaged one.
@@ -36,7 +37,7 @@ UNREADABLE = (
 )
 
 
-def open_image(data: bytes, channels: int = 3) -> Image.Image:
+def open_image(data: bytes | np.ndarray, channels: int = 3) -> Image.Image:
   """Decodes a PNG, JPEG or WebP file to 8-bit RGB or gray.
 
   Palette, gray and CMYK images are converted, 16-bit gray keeps its high byte.
@@ -44,14 +45,17 @@ def open_image(data: bytes, channels: int = 3) -> Image.Image:
   that statistics of the images compare with theirs.
 
   Args:
-    data: the file.
+    data: the file, or the pixels as `decode` gives them.
     channels: 3 for RGB, 1 for gray.
 
   Raises:
     One of `UNREADABLE`: no such image, damaged, or above `MAX_PIXELS`.
   """
   try:
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if isinstance(data, np.ndarray):
+      image = as_image(data)
+    else:
+      image = Image.open(io.BytesIO(data), formats=FORMATS)
   except UnidentifiedImageError:
     raise ValueError("no PNG, JPEG or WebP image") from None
   if image.width * image.height > MAX_PIXELS:
@@ -66,8 +70,13 @@ def open_image(data: bytes, channels: int = 3) -> Image.Image:
   return image
 
 
-def decode(data: bytes, channels: int) -> np.ndarray:
-  """Encoded image -> [h, w, channels] uint8; the hot path of the pipeline."""
+def decode(data: bytes | np.ndarray, channels: int) -> np.ndarray:
+  """Encoded image -> [h, w, channels] uint8; the hot path of the pipeline.
+
+  Pixels, the `raw` encoding, stay as they are.
+  """
+  if isinstance(data, np.ndarray):
+    return data
   image = Image.open(io.BytesIO(data), formats=FORMATS)
   image = image.convert("RGB" if channels == 3 else "L")
   return np.asarray(image).reshape(image.height, image.width, channels)
@@ -76,10 +85,15 @@ def decode(data: bytes, channels: int) -> np.ndarray:
 def encode_png(image: Image.Image | np.ndarray) -> bytes:
   """8-bit image, as Pillow or [h, w, 1 or 3] uint8, -> a PNG file."""
   if isinstance(image, np.ndarray):
-    image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    image = as_image(image)
   file = io.BytesIO()
   image.save(file, format="PNG")
   return file.getvalue()
+
+
+def as_image(pixels: np.ndarray) -> Image.Image:
+  """[h, w, 1 or 3] uint8 -> Pillow's image, gray or RGB."""
+  return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def resize_edm(image: Image.Image, resolution: int) -> Image.Image:

@@ -18,7 +18,7 @@ import numpy as np
 from diffit_jax import sampling
 from diffit_jax.diffusion import edm, guidance
 from diffit_jax.errors import UserError
-from diffit_jax.parallel.mesh import batch_sharding, replicated
+from diffit_jax.parallel.mesh import batch_sharding, place, replicated
 from diffit_jax.sampling.images import to_uint8
 
 
@@ -98,14 +98,17 @@ def make_generator(
     return (to_uint8(x) if is_edm else x), is_finite
 
   whole, split = replicated(mesh), batch_sharding(mesh)
+  # Several processes each get a whole copy: one alone can read no other's.
+  out = split if split.is_fully_addressable else whole
   run = jax.jit(
     generate,
     in_shardings=(whole, whole, split, split),
-    out_shardings=(split, whole),
+    out_shardings=(out, whole),
   )
 
-  def generate_checked(*args):
-    samples, is_finite = run(*args)
+  def generate_checked(params, seed, index, labels):
+    index, labels = (place(x, split) for x in (index, labels))
+    samples, is_finite = run(params, seed, index, labels)
     _check_finite(bool(is_finite))
     samples = np.asarray(samples)
     if is_edm:

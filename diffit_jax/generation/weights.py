@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import os
-import pathlib
 
 from absl import logging
+from etils import epath
 import jax
 from jax.sharding import Mesh
 from ml_collections import config_dict
@@ -25,8 +25,10 @@ class Weights:
     params: the tree, on the devices of the mesh.
     config: of the run that made them.
     step: training steps taken.
-    ema: name of the average, or "none" for the raw parameters.
+    ema: name of the average, "none" for the raw parameters, or the relative
+      width of an average that was made from snapshots.
     source: where they came from.
+    about: how an average was made from snapshots; else empty.
   """
 
   params: dict
@@ -34,11 +36,12 @@ class Weights:
   step: int
   ema: str
   source: str
+  about: str = ""
 
 
 def read_config(workdir: str | os.PathLike) -> config_dict.ConfigDict:
   """The resolved config that the run in `workdir` wrote."""
-  path = pathlib.Path(workdir) / "config.json"
+  path = epath.Path(workdir) / "config.json"
   if not path.is_file():
     raise UserError(
       f"{workdir} holds no run ({path} is missing): train one with python -m"
@@ -59,7 +62,8 @@ def from_workdir(
     workdir: of the run.
     mesh: the weights are replicated on it.
     ema: name of the average; None is the config's first, "none" the raw
-      parameters.
+      parameters, and a number such as "0.08" the relative width of an average
+      that is made from the snapshots, at the newest of them.
   """
   from diffit_jax.training import checkpoint
 
@@ -67,30 +71,58 @@ def from_workdir(
   names = sorted(config.ema)
   ema = ema or (names[0] if names else RAW)
   if ema not in (*names, RAW):
-    raise UserError(f"ema={ema!r}: this run has {names}, or {RAW!r}")
+    return _from_snapshots(workdir, mesh, config, ema)
   steps = checkpoint.list_steps(workdir)
   if not steps:
     raise UserError(
       f"{workdir} has no finished checkpoint yet: train further, a save comes"
       f" every {config.save_every_steps} steps"
     )
-  shapes = files.parameter_shapes(config)
-  place = lambda leaf: jax.ShapeDtypeStruct(
-    leaf.shape, leaf.dtype, sharding=replicated(mesh)
-  )
-  shapes = jax.tree.map(place, shapes)
-  item, target = "params", shapes
-  if ema != RAW:
-    item, target = "ema", {name: shapes for name in names}
+  shapes = _shapes(config, mesh)
+  item, target = ("params", shapes) if ema == RAW else ("ema", {ema: shapes})
+  failures = []
   for step in reversed(steps):
     try:
       tree = checkpoint.restore_item(workdir, step, item, target)
-    except Exception as error:  # Orbax has no one class for damage
-      logging.error("checkpoint %d cannot be read (%s)", step, error)
+    except UserError as error:
+      failures.append(f"{step}: {error}")
+      logging.error(
+        "checkpoint %d cannot be read (%s); trying the one before it",
+        step,
+        error,
+      )
       continue
     params = tree if ema == RAW else tree[ema]
     return Weights(params, config, step, ema, f"{workdir} step {step}")
-  raise UserError(f"none of the checkpoints in {workdir} can be read: {steps}")
+  raise UserError(
+    f"none of the checkpoints in {workdir} can be read ({'; '.join(failures)}):"
+    " go on with the training, which saves new ones, or use another workdir"
+  )
+
+
+def _shapes(config: config_dict.ConfigDict, mesh: Mesh):
+  """The config's parameters, abstract and replicated."""
+  place = lambda leaf: jax.ShapeDtypeStruct(
+    leaf.shape, leaf.dtype, sharding=replicated(mesh)
+  )
+  return jax.tree.map(place, files.parameter_shapes(config))
+
+
+def _from_snapshots(workdir, mesh: Mesh, config, ema: str) -> Weights:
+  from diffit_jax.training import snapshots
+
+  try:
+    width = float(ema)
+  except ValueError as error:
+    raise UserError(
+      f"ema={ema!r}: this run has {sorted(config.ema)}, or {RAW!r}, or a"
+      " relative width such as 0.08"
+    ) from error
+  made = snapshots.reconstruct(workdir, width, _shapes(config, mesh))
+  source = f"{workdir} snapshots up to step {made.step}"
+  return Weights(
+    made.params, config, made.step, f"{width:g}", source, made.about
+  )
 
 
 def from_file(

@@ -104,6 +104,7 @@ def write_weights(
   *,
   step: int,
   ema: str,
+  about: str = "",
   layout: str = "native",
 ) -> None:
   """Writes parameters in the "native" or the "official" layout.
@@ -113,7 +114,9 @@ def write_weights(
     params: tree of arrays of the config's network.
     config: of the network and the sampler.
     step: training steps taken.
-    ema: name of the average, "none" for raw parameters.
+    ema: name of the average, "none" for raw parameters, or a width.
+    about: one line for the header on how the average was made, where it was
+      made after training.
     layout: only latent models have the official one.
   """
   if layout == "native":
@@ -121,6 +124,7 @@ def write_weights(
       "config": config.to_json_best_effort(),
       "step": str(step),
       "ema": ema,
+      **({"about": about} if about else {}),
     }
     native.save(path, params, header)
     return

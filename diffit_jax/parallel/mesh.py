@@ -91,6 +91,16 @@ def check_batch(mesh: Mesh, batch_size: int, field: str) -> None:
     )
 
 
+def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+  """Puts an array that every process holds whole where `sharding` says.
+
+  Unlike `jax.device_put` it asks no other process whether theirs is the same.
+  """
+  array = np.asarray(array)
+  part = lambda index: array[index]
+  return jax.make_array_from_callback(array.shape, sharding, part)
+
+
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   """Copies this process's part of a batch to its devices, without waiting."""
   sharding = batch_sharding(mesh)

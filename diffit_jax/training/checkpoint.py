@@ -2,28 +2,34 @@
 
   params, opt_state, ema   trees of arrays
   progress                 {"step": .., "data_position": ..}: small JSON
+  last_log                 {"loss": ..}: metrics of the last logging point
+  checksums                of every leaf of all that
 
-Sampling reads one EMA tree and never the optimizer. Restoring always goes
-through an abstract tree with shardings, so any number of devices can read any
-checkpoint. A step directory becomes visible only once complete (Orbax renames
-it), so a kill during a save leaves the step before it as the newest.
+Sampling reads one EMA tree and never the optimizer. See `storage` for how a
+step is written and read. A step that cannot be read, or whose checksums differ,
+is set aside and the one before it is taken.
 """
 
-from collections.abc import Iterator
-import contextlib
+from collections.abc import Mapping
+import math
 import os
-import pathlib
-import shutil
 
 from absl import logging
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as orbax_policies
 
 from diffit_jax.errors import UserError
+from diffit_jax.parallel.mesh import place
+from diffit_jax.training import storage
 from diffit_jax.training.state import TrainState
 
 _TREES = ("params", "opt_state", "ema")
+_FOLDER = "checkpoints"
+
+# Metrics of the last logging point that a checkpoint can be the best by, with
+# the sign that makes less of it better.
+BEST_BY = {"loss": 1, "grad_norm": 1}
 
 
 class Checkpoints:
@@ -39,25 +45,47 @@ class Checkpoints:
     *,
     max_to_keep: int = 3,
     keep_period: int | None = None,
+    best_by: str = "",
   ):
     """Opens or creates the folder.
 
     Args:
       workdir: of the run.
       max_to_keep: newest checkpoints that stay.
-      keep_period: a step divisible by it stays for ever; None for no such.
+      keep_period: a step divisible by it stays for ever; None or 0 for no such.
+      best_by: name in BEST_BY; the checkpoint with the best value stays until
+        a better one is saved. "" for no such.
     """
-    self.directory = pathlib.Path(os.path.abspath(workdir)) / "checkpoints"
-    self._manager = ocp.CheckpointManager(
-      self.directory,
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=max_to_keep,
-        keep_period=keep_period or None,
-        cleanup_tmp_directories=True,
-      ),
-    )
+    self.directory = storage.absolute(workdir) / _FOLDER
+    policies = [orbax_policies.LatestN(max_to_keep)]
+    if keep_period:
+      policies.append(orbax_policies.EveryNSteps(keep_period))
+    self._best = None
+    if best_by:
+      self._best = KeepBest(best_by, self._read_metrics)
+      policies.append(self._best)
+    policy = orbax_policies.AnyPreservationPolicy(policies)
+    self._folder = storage.StepFolder(self.directory, policy, "checkpoint")
 
-  def save(self, step: int, state: TrainState, batch_size: int) -> None:
+  def check(self) -> None:
+    """Raises the failure of a save in the background; cheap in every step."""
+    self._folder.check()
+
+  def close(self) -> None:
+    """Waits for the save under way; raises its failure."""
+    self._folder.close()
+
+  def steps(self) -> list[int]:
+    """All complete steps, oldest first."""
+    return self._folder.steps()
+
+  def save(
+    self,
+    step: int,
+    state: TrainState,
+    batch_size: int,
+    metrics: Mapping[str, float] | None = None,
+  ) -> None:
     """Starts saving `state`; returns once its arrays are copied to the host.
 
     Does nothing where the step is already saved. A failure of an earlier save
@@ -67,41 +95,20 @@ class Checkpoints:
       step: number of steps that `state` has taken.
       state: all of it but `state.step` is stored as arrays.
       batch_size: global, for the data position.
+      metrics: of the last logging point.
     """
-    with _saving(step, self.directory):
-      self._manager.check_for_errors()
-      if step in self._manager.all_steps():
-        return
-      progress = {"step": step, "data_position": step * batch_size}
-      self._manager.save(
-        step,
-        args=ocp.args.Composite(
-          progress=ocp.args.JsonSave(progress),
-          **{
-            name: ocp.args.StandardSave(getattr(state, name)) for name in _TREES
-          },
-        ),
-      )
-
-  def check(self) -> None:
-    """Raises the failure of a save in the background, if there was one."""
-    with _saving(None, self.directory):
-      self._manager.check_for_errors()
-
-  def close(self) -> None:
-    """Waits for the save under way; raises its failure."""
-    try:
-      with _saving(None, self.directory):
-        self._manager.wait_until_finished()
-    except UserError:
-      with contextlib.suppress(Exception):  # it would raise the same again
-        self._manager.close()
-      raise
-    self._manager.close()
-
-  def steps(self) -> list[int]:
-    """All complete steps, oldest first."""
-    return sorted(self._manager.all_steps())
+    metrics = {name: float(value) for name, value in (metrics or {}).items()}
+    if self._best is not None and step not in self.steps():
+      self._best.add(step, metrics)
+    self._folder.save(
+      step,
+      {name: getattr(state, name) for name in _TREES},
+      {
+        "progress": {"step": step, "data_position": step * batch_size},
+        "last_log": metrics,
+      },
+      unit=jax.tree.structure(state.params),
+    )
 
   def restore(self, abstract: TrainState) -> TrainState | None:
     """The newest state that can be read, or None where there is none.
@@ -119,17 +126,16 @@ class Checkpoints:
     for step in reversed(self.steps()):
       try:
         state = self._restore_step(step, abstract)
-      except Exception as error:  # Orbax has no one class for damage
+      except UserError as error:
         failures.append((step, error))
         logging.error(
-          "checkpoint %d cannot be read (%s: %s); trying the one before it",
+          "checkpoint %d cannot be read (%s); trying the one before it",
           step,
-          type(error).__name__,
-          str(error).splitlines()[0][:300] if str(error) else "",
+          error,
         )
         continue
       for damaged, _ in failures:
-        self._set_aside(damaged)
+        self._folder.set_aside(damaged, self.directory.parent / "damaged")
       return state
     if failures:
       raise UserError(
@@ -140,53 +146,55 @@ class Checkpoints:
     return None
 
   def _restore_step(self, step: int, abstract: TrainState) -> TrainState:
-    restored = self._manager.restore(
+    found = storage.read(
+      self.directory,
       step,
-      args=ocp.args.Composite(
-        progress=ocp.args.JsonRestore(),
-        **{
-          name: ocp.args.StandardRestore(getattr(abstract, name))
-          for name in _TREES
-        },
-      ),
+      {name: getattr(abstract, name) for name in _TREES},
+      notes=("progress",),
+      unit=jax.tree.structure(abstract.params),
     )
-    if restored["progress"]["step"] != step:
-      raise ValueError(f"folder {step} holds step {restored['progress']}")
+    if found["progress"]["step"] != step:
+      raise UserError(f"folder {step} holds step {found['progress']}")
     return TrainState(
-      step=jax.device_put(np.int32(step), abstract.step.sharding),
-      **{name: restored[name] for name in _TREES},
+      step=place(np.int32(step), abstract.step.sharding),
+      **{name: found[name] for name in _TREES},
     )
 
-  def _set_aside(self, step: int) -> None:
-    target = self.directory.parent / "damaged" / str(step)
-    target.parent.mkdir(exist_ok=True)
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.move(self.directory / str(step), target)
-    logging.error("moved the damaged checkpoint %d to %s", step, target)
-    self._manager.reload()
+  def _read_metrics(self, step: int) -> dict:
+    try:
+      return dict(storage.read_note(self.directory, step, "last_log"))
+    except (OSError, ValueError, TypeError):
+      return {}  # a damaged checkpoint is the best by nothing
 
 
-@contextlib.contextmanager
-def _saving(step: int | None, directory: pathlib.Path) -> Iterator[None]:
-  """Turns what the file system refuses while saving into one sentence."""
-  try:
-    yield
-  except (OSError, ValueError, RuntimeError) as error:
-    what = "a checkpoint" if step is None else f"checkpoint {step}"
-    reason = str(error).split(": ")[-1].split(" [")[0][:200]  # not the paths
-    raise UserError(
-      f"saving {what} to {directory} failed: {reason}; older"
-      " checkpoints are kept: free some space or mend the folder, then run"
-      " the same command again"
-    ) from error
+class KeepBest(orbax_policies.PreservationPolicy):
+  """Keeps the one step whose metric is the best; never one without it."""
+
+  def __init__(self, name: str, read):
+    """`read` gives the metrics of a step of an earlier start."""
+    self._name, self._read = name, read
+    self._values: dict[int, float] = {}
+
+  def add(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Notes the metrics of a step that is about to be saved."""
+    value = metrics.get(self._name, math.nan)
+    number = isinstance(value, float) and math.isfinite(value)
+    self._values[step] = BEST_BY[self._name] * value if number else math.inf
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    """True for the best of `checkpoints`; see Orbax."""
+    for info in checkpoints:
+      if info.step not in self._values:
+        self.add(info.step, self._read(info.step))
+    values = [self._values[info.step] for info in checkpoints]
+    best = min(values, default=math.inf)
+    first = values.index(best) if math.isfinite(best) else -1
+    return [i == first for i in range(len(values))]
 
 
 def list_steps(workdir: str | os.PathLike) -> list[int]:
   """Complete steps in a workdir, oldest first, without opening a manager."""
-  directory = pathlib.Path(workdir) / "checkpoints"
-  if not directory.is_dir():
-    return []
-  return sorted(ocp.utils.checkpoint_steps(directory))
+  return storage.list_steps(storage.absolute(workdir) / _FOLDER)
 
 
 def restore_item(workdir: str | os.PathLike, step: int, item: str, abstract):
@@ -196,8 +204,17 @@ def restore_item(workdir: str | os.PathLike, step: int, item: str, abstract):
     workdir: of the run.
     step: one of `list_steps`.
     item: its name.
-    abstract: shapes, dtypes and shardings to restore into.
+    abstract: shapes, dtypes and shardings to restore into; of "ema" it may name
+      some of the averages only.
+
+  Raises:
+    UserError: it cannot be read; names the leaf where one is damaged.
   """
-  path = pathlib.Path(os.path.abspath(workdir)) / "checkpoints" / str(step)
-  with ocp.StandardCheckpointer() as checkpointer:
-    return checkpointer.restore(path / item, abstract)
+  directory = storage.absolute(workdir) / _FOLDER
+  unit = None
+  if item == "ema":
+    unit = jax.tree.structure(next(iter(abstract.values())))
+  found = storage.read(
+    directory, step, {item: abstract}, partial=item == "ema", unit=unit
+  )
+  return found[item]

@@ -4,7 +4,7 @@ Matrix products and convolutions only; elementwise work is left out, as in the
 papers' counts. Loops count as often as they run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import math
 
@@ -30,6 +30,23 @@ class Macs:
     return self.total - self.attention
 
 
+@dataclasses.dataclass(frozen=True)
+class Product:
+  """A matrix product or convolution, as often as it runs.
+
+  Attributes:
+    macs: multiply-accumulates of all its runs.
+    is_batched: whether it has batch dimensions, as attention's products have.
+    dtypes: names of the types of its two operands.
+    precision: "default", "high" or "highest".
+  """
+
+  macs: int
+  is_batched: bool
+  dtypes: tuple[str, str]
+  precision: str
+
+
 def count_macs(function: Callable, *args) -> Macs:
   """Counts the multiply-accumulates of one call.
 
@@ -37,30 +54,62 @@ def count_macs(function: Callable, *args) -> Macs:
     function: of arrays.
     *args: arrays or ShapeDtypeStructs.
   """
-  return Macs(*_count(jax.make_jaxpr(function)(*args).jaxpr))
+  return sum_macs(products(jax.make_jaxpr(function)(*args).jaxpr))
 
 
-def _count(jaxpr: core.Jaxpr) -> tuple[int, int]:
-  """(all, those of products with batch dimensions)."""
+def sum_macs(found: Iterable[Product]) -> Macs:
+  """Adds up products."""
   total = attention = 0
+  for product in found:
+    total += product.macs
+    attention += product.macs if product.is_batched else 0
+  return Macs(total, attention)
+
+
+def products(jaxpr: core.Jaxpr, times: int = 1) -> Iterator[Product]:
+  """All matrix products and convolutions of a program.
+
+  Args:
+    jaxpr: the program, with those inside its loops and calls.
+    times: how often it runs.
+  """
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "dot_general":
-      (contract, _), (batch, _) = eqn.params["dimension_numbers"]
-      lhs = eqn.invars[0].aval.shape
-      macs = eqn.outvars[0].aval.size * math.prod(lhs[i] for i in contract)
-      total += macs
-      attention += macs if batch else 0
+      is_batched = bool(eqn.params["dimension_numbers"][1][0])
+      yield _product(eqn, times * _dot_macs(eqn), is_batched)
     elif eqn.primitive.name == "conv_general_dilated":
-      kernel = eqn.invars[1].aval
-      out_features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-      total += eqn.outvars[0].aval.size * kernel.size // out_features
+      yield _product(eqn, times * _conv_macs(eqn), False)
     else:
-      times = eqn.params.get("length", 1)
+      inner_times = times * eqn.params.get("length", 1)
       for inner in _sub_jaxprs(eqn.params):
-        inner_total, inner_attention = _count(inner)
-        total += times * inner_total
-        attention += times * inner_attention
-  return total, attention
+        yield from products(inner, inner_times)
+
+
+def _product(eqn: core.JaxprEqn, macs: int, is_batched: bool) -> Product:
+  dtypes = tuple(var.aval.dtype.name for var in eqn.invars[:2])
+  precision = eqn.params["precision"]
+  if isinstance(precision, tuple):
+    precision = max(precision, key=lambda p: p.value)
+  name = "default" if precision is None else precision.name.lower()
+  return Product(macs, is_batched, dtypes, name)
+
+
+def _dot_macs(eqn: core.JaxprEqn) -> int:
+  (contract, _), _ = eqn.params["dimension_numbers"]
+  lhs = eqn.invars[0].aval.shape
+  return eqn.outvars[0].aval.size * math.prod(lhs[i] for i in contract)
+
+
+def _conv_macs(eqn: core.JaxprEqn) -> int:
+  """Zeros of padding count, as in the papers.
+
+  Zeros that are put between the elements of an operand do not. They make the
+  gradient of a convolution of stride 2, which costs as much as the convolution.
+  """
+  kernel = eqn.invars[1].aval
+  out_features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+  with_zeros = eqn.outvars[0].aval.size * kernel.size // out_features
+  return with_zeros // math.prod(eqn.params["lhs_dilation"])
 
 
 def _sub_jaxprs(params: dict) -> list[core.Jaxpr]:

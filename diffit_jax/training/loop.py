@@ -6,8 +6,8 @@ which batch comes next.
 """
 
 from collections.abc import Callable
+import contextlib
 import os
-import time
 
 from absl import logging
 import jax
@@ -20,12 +20,24 @@ from diffit_jax.data import pipeline
 from diffit_jax.errors import UserError
 from diffit_jax.interop import files
 from diffit_jax.parallel import mesh as mesh_lib
+from diffit_jax.parallel import runtime
 from diffit_jax.progress import Progress
 from diffit_jax.stop import StopRequest
-from diffit_jax.training import ema, metrics, optimizer, source, state, workdir
+from diffit_jax.training import (
+  attention_probe,
+  ema,
+  metrics,
+  optimizer,
+  source,
+  state,
+  timing,
+  workdir,
+)
 from diffit_jax.training import program as program_lib
 from diffit_jax.training.checkpoint import Checkpoints, list_steps
 from diffit_jax.training.report import overview
+from diffit_jax.training.snapshots import Snapshots
+from diffit_jax.training.watchdog import Watchdog
 
 # (EMA parameters of the run) -> uint8 [n, h, w, c] images for the grid.
 Sampler = Callable[[dict], np.ndarray]
@@ -38,6 +50,7 @@ def train(
   make_sampler: Callable[..., Sampler] | None = None,
   devices: list[jax.Device] | None = None,
   vae: str | None = None,
+  profile_steps: range = range(0),
 ) -> bool:
   """Trains, or goes on with, the run in `directory`.
 
@@ -50,39 +63,64 @@ def train(
     devices: to train on; None is all there are.
     vae: diffusers folder of the VAE of a latent model, which encodes images on
       the fly and decodes sample grids.
+    profile_steps: steps to trace into `<directory>/profile`, counted from 1.
 
   Returns:
     True once total_steps are done and saved, False where SIGTERM came first;
     then the current step is saved, and the same call goes on from it.
   """
   program = program_lib.build(config, devices)
-  codec = make_codec(config, vae)
-  dataset = source.open_training_set(config, data_dir, codec)
+  runtime.together(lambda: attention_probe.probe_config(config))
+  directory = workdir.path_of(directory)
+  codec, dataset = runtime.together(lambda: _open(config, data_dir, vae))
   identity = source.identity(dataset)
-  workdir.check(directory, config, identity)
+  runtime.check_shared(directory)
+  runtime.from_first(lambda: workdir.check(directory, config, identity))
   initial = None
-  if config.get("init_from") and not list_steps(directory):
-    initial = files.read_initial(config.init_from, config)
-  workdir.claim(directory, config, identity)
+  is_new = runtime.from_first(lambda: not list_steps(directory))
+  if config.get("init_from") and is_new:
+    initial = runtime.together(
+      lambda: files.read_initial(config.init_from, config)
+    )
+  runtime.from_first(lambda: workdir.claim(directory, config, identity))
   checkpoints = Checkpoints(
     directory,
     max_to_keep=config.keep_checkpoints,
     keep_period=config.keep_every_steps,
+    best_by=config.keep_best_by,
   )
-  with StopRequest() as stop:
+  snapshots = Snapshots(directory, config)
+  with StopRequest(runtime.preemption_notice()) as stop:
     try:
-      run = _Run(config, directory, program, checkpoints, initial)
+      run = _Run(config, directory, program, checkpoints, snapshots, initial)
       run.use_codec(codec, make_sampler)
+      run.profile = timing.Profile(
+        profile_steps, directory / "profile", run.watchdog.patient
+      )
       return run.loop(dataset, stop)
+    except UserError as error:
+      runtime.tell(error)  # closing waits for the other processes
+      raise
     finally:
-      checkpoints.close()
+      with contextlib.closing(snapshots):
+        checkpoints.close()
+
+
+def _open(config, data_dir, vae):
+  """(autoencoder or None, data set): what each process reads for itself."""
+  codec = make_codec(config, vae)
+  return codec, source.open_training_set(config, data_dir, codec)
 
 
 class _Run:
   """One start of a run: the state and what is done to it between steps."""
 
-  def __init__(self, config, directory, program, checkpoints, initial):
-    self.config, self.program, self.checkpoints = config, program, checkpoints
+  def __init__(
+    self, config, directory, program, checkpoints, snapshots, initial
+  ):
+    self.config, self.program = config, program
+    self.checkpoints, self.snapshots = checkpoints, snapshots
+    self.metrics: dict[str, float] = {}  # of the last logging point
     restored = checkpoints.restore(program.abstract)
     if restored is None:
       restored = state.create(program.init, program.mesh)
@@ -90,6 +128,7 @@ class _Run:
         restored = state.replace_params(restored, initial)
     self.state = restored
     self.step = int(restored.step)
+    snapshots.save(self.step, restored.ema)  # where a kill came before it
     logging.info(
       "%s at step %d of %d, %d parameters, %d devices, in %s",
       "resuming" if self.step else "starting",
@@ -100,7 +139,8 @@ class _Run:
       directory,
     )
     self.monitor = state.new_monitor(program.mesh)
-    self._clock = self._clock_step = None
+    self.clock = timing.StepClock()
+    self.watchdog = Watchdog(config.watchdog_seconds)
     self.writer = metrics.Writer(directory)
     self.writer.text("parameters.txt", overview(program.abstract.params))
     self.param_norm = jax.jit(optax.tree.norm)
@@ -133,35 +173,48 @@ class _Run:
       num_shards=jax.process_count(),
       num_threads=config.num_threads,
     )
+    first = self.step
     every = lambda n: n and (self.step % n == 0 or self.step == total)
-    try:
-      with Progress(total, "training", "steps", self.step) as progress:
-        ahead = mesh_lib.put_ahead(self.program.mesh, batches)
-        while self.step < total and not stop.requested:
+    stop.begin(first)
+    with contextlib.ExitStack() as stack:
+      for resource in (self.writer, batches, self.profile):
+        stack.callback(resource.close)
+      progress = stack.enter_context(
+        Progress(
+          total, "training", "steps", first, quiet=not runtime.is_first()
+        )
+      )
+      stack.enter_context(self.watchdog)
+      ahead = mesh_lib.put_ahead(self.program.mesh, batches)
+      while self.step < total and not stop.requested:
+        self.profile.before(self.step + 1)
+        with self.clock.waiting("data_wait"):
           batch = next(ahead)
-          self.state, self.monitor = self.program.train_step(
-            self.state, self.monitor, self.encode(batch)
-          )
-          self.step += 1
-          progress.update()
-          if self._clock is None:  # the first call compiled
-            self._start_clock()
-          if every(config.log_every_steps):
-            self._log()
-          if every(config.sample_every_steps) and self.sampler:
-            self._sample()
-          if every(config.save_every_steps):
-            self._save()
-      if stop.requested:
+        self.state, self.monitor = self.program.train_step(
+          self.state, self.monitor, self.encode(batch)
+        )
+        self.step += 1
+        self.profile.after(self.step, self.state)
+        progress.update()
+        self.checkpoints.check()
+        self.snapshots.check()
+        if not self.clock.is_running:  # the first call compiled
+          self.clock.restart(self.step)
+        if every(config.log_every_steps):
+          self._log()
+        if every(config.sample_every_steps) and self.sampler:
+          self._sample()
+        if every(config.save_every_steps):
+          self._save()
+        if self.snapshots.is_due(self.step):
+          self._snapshot()
+        self.watchdog.step_done()
+        stop.at_step(self.step)
+      if stop.requested and self.step > first:
         logging.info("SIGTERM: saving step %d", self.step)
-        self._save()
-    finally:
-      batches.close()
-      self.writer.close()
+        with self.watchdog.patient():
+          self._save()
     return self.step >= total
-
-  def _start_clock(self) -> None:
-    self._clock, self._clock_step = time.monotonic(), self.step
 
   def _check_finite(self) -> None:
     bad_step = int(self.monitor.bad_step)
@@ -178,7 +231,6 @@ class _Run:
 
   def _log(self) -> None:
     self._check_finite()
-    self.checkpoints.check()
     config, step = self.config, self.step
     monitor = jax.device_get(self.monitor)  # waits for the device
     last = np.int32(step - 1)
@@ -190,25 +242,35 @@ class _Run:
         config.optimizer, last, config.batch_size
       ),
     }
-    timed = step - self._clock_step
-    if timed:
-      seconds = (time.monotonic() - self._clock) / timed
-      scalars["seconds_per_step"] = seconds
-      scalars["images_per_second"] = config.batch_size / seconds
+    scalars |= self.clock.scalars(step, config.batch_size)
     for name, rule in config.ema.items():
       scalars[f"ema_decay/{name}"] = ema.decay(rule, last, config.batch_size)
-    self.writer.scalars(step, {k: float(v) for k, v in scalars.items()})
+    self.metrics = {name: float(value) for name, value in scalars.items()}
+    self.writer.scalars(step, self.metrics)
     self.monitor = state.new_monitor(self.program.mesh)
-    self._start_clock()
+    self.clock.restart(step)
 
   def _sample(self) -> None:
     self._check_finite()
-    for name, tree in self.state.ema.items():
-      self.writer.images(self.step, f"samples_{name}", self.sampler(tree))
-    self._start_clock()
+    with self.watchdog.patient():
+      for name, tree in self.state.ema.items():
+        self.writer.images(self.step, f"samples_{name}", self.sampler(tree))
+    self.clock.restart(self.step)
 
-  def _save(self) -> None:
+  def _check_params(self) -> None:
     self._check_finite()
     if not np.isfinite(self.param_norm(self.state.params)):
       self._fail("a parameter was not finite after", self.step)
-    self.checkpoints.save(self.step, self.state, self.config.batch_size)
+
+  def _save(self) -> None:
+    self._check_params()
+    with self.clock.waiting("checkpoint"):
+      self.snapshots.wait()
+      self.checkpoints.save(
+        self.step, self.state, self.config.batch_size, self.metrics
+      )
+
+  def _snapshot(self) -> None:
+    self._check_params()
+    with self.clock.waiting("checkpoint"):
+      self.snapshots.save(self.step, self.state.ema)

@@ -6,14 +6,15 @@ TensorBoard files, with every accelerator hidden from it.
 
 from collections.abc import Iterator
 import contextlib
+import io
 import os
-import pathlib
 
 import jax
 import numpy as np
 
 from diffit_jax.errors import UserError
-from diffit_jax.sampling.images import page, write_png
+from diffit_jax.sampling.images import page
+from diffit_jax.training import workdir
 
 
 class Writer:
@@ -29,7 +30,7 @@ class Writer:
     from clu import metric_writers
 
     self._is_first = jax.process_index() == 0
-    self._directory = pathlib.Path(directory)
+    self._directory = workdir.path_of(directory)
     self._writer = metric_writers.create_default_writer(
       str(self._directory / "tensorboard"), just_logging=not self._is_first
     )
@@ -63,11 +64,22 @@ class Writer:
     grid = page(images)
     folder = self._directory / "samples"
     with self._writing():
-      folder.mkdir(exist_ok=True)
-      write_png(folder / f"{name}_{step:08d}.png", grid)
+      folder.mkdir(parents=True, exist_ok=True)
+      path = folder / f"{name}_{step:08d}.png"
+      workdir.write_whole(path, _png(grid))
       self._writer.write_images(step, {name: grid[None]})
 
   def close(self) -> None:
     """Flushes and closes the files."""
     self._writer.flush()
     self._writer.close()
+
+
+def _png(image: np.ndarray) -> bytes:
+  from PIL import Image
+
+  if image.shape[-1] == 1:
+    image = image[..., 0]
+  buffer = io.BytesIO()
+  Image.fromarray(image).save(buffer, format="PNG")
+  return buffer.getvalue()

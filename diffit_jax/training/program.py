@@ -13,7 +13,8 @@ from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import mesh as mesh_lib
 from diffit_jax.parallel import sharding
-from diffit_jax.training import ema, objective, step
+from diffit_jax.training import attention_probe, ema, objective, step
+from diffit_jax.training.checkpoint import BEST_BY
 from diffit_jax.training.optimizer import make_optimizer
 from diffit_jax.training.state import TrainState, abstract_state, make_init
 
@@ -52,6 +53,7 @@ def build(
   check_consistent(config)
   mesh = mesh_lib.make_mesh(**config.mesh, devices=devices)
   _check_batch(mesh, config)
+  attention_probe.check_config(config, mesh.devices.flat[0].platform)
   model = models.make_model(config.model)
   optimizer = make_optimizer(config.optimizer, config.batch_size)
   init = make_init(lambda: init_params(model, config), optimizer, config.ema)
@@ -172,6 +174,20 @@ def _check_ranges(config: config_dict.ConfigDict) -> None:
   for name, rule in config.ema.items():
     if rule.kind not in ema.KINDS:
       raise UserError(f"ema.{name}.kind={rule.kind!r}: use one of {ema.KINDS}")
+  widths = ema.power_averages(config.ema)
+  for width in widths.values():
+    ema.gamma_of(width)
+  if config.snapshot_every_steps and not widths:
+    raise UserError(
+      f"snapshot_every_steps={config.snapshot_every_steps} stores averages of"
+      f" kind 'power', and this config has none (only {sorted(config.ema)}):"
+      " use the variant ema=power, or snapshot_every_steps=0"
+    )
+  if config.keep_best_by not in ("", *BEST_BY):
+    raise UserError(
+      f"keep_best_by={config.keep_best_by!r}: use one of {sorted(BEST_BY)}, or"
+      " '' to keep no best checkpoint"
+    )
 
 
 def init_params(model: nn.Module, config: config_dict.ConfigDict):

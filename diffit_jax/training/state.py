@@ -7,9 +7,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
 import optax
 
 from diffit_jax.parallel import sharding
+from diffit_jax.parallel.mesh import place
 
 
 @flax.struct.dataclass
@@ -49,8 +51,9 @@ class Monitor:
 
 def new_monitor(mesh: Mesh) -> Monitor:
   """Zero sums, replicated on the mesh."""
-  monitor = Monitor(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.int32(-1))
-  return jax.device_put(monitor, NamedSharding(mesh, PartitionSpec()))
+  monitor = Monitor(np.float32(0), np.float32(0), np.int32(0), np.int32(-1))
+  whole = NamedSharding(mesh, PartitionSpec())
+  return jax.tree.map(lambda x: place(x, whole), monitor)
 
 
 def make_init(
@@ -96,8 +99,9 @@ def replace_params(state: TrainState, params) -> TrainState:
     state: of step 0; its shardings are kept.
     params: tree of arrays like `state.params`.
   """
-  place = lambda old, new: jax.device_put(new, old.sharding)
-  params = jax.tree.map(place, state.params, params)
+  params = jax.tree.map(
+    lambda old, new: place(np.asarray(new), old.sharding), state.params, params
+  )
   # Copies, since the train step donates each tree on its own.
   copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
   return state.replace(

@@ -47,7 +47,7 @@ def make_step(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     mean_loss = lambda params, batch: jnp.mean(loss(params, batch, key))
     with jax.default_matmul_precision(matmul_precision):
-      value, gradients = _accumulate(
+      value, gradients = accumulate(
         jax.value_and_grad(mean_loss),
         state.params,
         split_batch(batch, num_microbatches, mesh),
@@ -59,7 +59,7 @@ def make_step(
     params = optax.apply_updates(state.params, updates)
     averages = {
       name: ema_lib.update(
-        tree, params, ema_lib.decay(ema[name], state.step, batch_size)
+        tree, params, ema_lib.gain(ema[name], state.step, batch_size)
       )
       for name, tree in state.ema.items()
     }
@@ -92,20 +92,31 @@ def split_batch(batch: dict, num: int, mesh: Mesh | None = None) -> dict:
   return jax.tree.map(split, batch)
 
 
-def _accumulate(value_and_grad: Callable, params, parts: dict, place: Callable):
-  """(mean loss, gradient) over the leading axis of `parts`."""
+def accumulate(
+  value_and_grad: Callable,
+  params,
+  parts: dict,
+  place: Callable = lambda tree: tree,
+):
+  """(mean loss, gradient) over the leading axis of `parts`.
+
+  Args:
+    value_and_grad: (params, part) -> (mean loss, gradient) of one part.
+    params: parameters.
+    parts: from `split_batch`.
+    place: says where gradients lie on the devices.
+  """
 
   def one(part):
     value, gradients = value_and_grad(params, part)
     return value, place(gradients)
 
   num = jax.tree.leaves(parts)[0].shape[0]
-  first = one(jax.tree.map(lambda x: x[0], parts))
   if num == 1:
-    return first
+    return one(jax.tree.map(lambda x: x[0], parts))
   add = lambda sums, part: (jax.tree.map(jnp.add, sums, one(part)), None)
-  rest = jax.tree.map(lambda x: x[1:], parts)
-  sums, _ = jax.lax.scan(add, first, rest)
+  zeros = jnp.float32(0), place(jax.tree.map(jnp.zeros_like, params))
+  sums, _ = jax.lax.scan(add, zeros, parts)
   return jax.tree.map(lambda x: x / num, sums)
 
 

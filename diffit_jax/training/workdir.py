@@ -1,10 +1,11 @@
 """The folder of a run: its config, and whether a config may continue it."""
 
 from collections.abc import Mapping
+import importlib.util
 import json
 import os
-import pathlib
 
+from etils import epath
 from ml_collections import config_dict
 
 from diffit_jax.errors import UserError
@@ -12,7 +13,7 @@ from diffit_jax.training.checkpoint import list_steps
 
 # What decides a run's numbers. Mesh, logging, intervals, sampler and total
 # steps may change from one start to the next.
-_FIXED = (
+FIXED = (
   "seed",
   "batch_size",
   "data",
@@ -25,9 +26,38 @@ _FIXED = (
 )
 
 # How the model is computed, but for rounding not what.
-_FREE_IN_MODEL = ("remat", "attention")
+FREE_IN_MODEL = ("remat", "attention")
 
 DATA = "data_identity"  # key of config.json: what the data set really was
+
+
+def path_of(workdir: str | os.PathLike) -> epath.Path:
+  """The folder as a path that may also be in a bucket (gs://).
+
+  Raises:
+    UserError: a bucket that cannot be reached from here.
+  """
+  path = epath.Path(workdir)
+  if not str(path).startswith("gs://"):
+    return path
+  if importlib.util.find_spec("gcsfs") is None:
+    raise UserError(
+      f"{workdir} needs gcsfs: pip install 'diffit_jax[gcp]', or '.[gcp]' in"
+      " a checkout"
+    )
+  try:
+    path.exists()
+  except Exception as error:  # of whichever library reads the bucket
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise UserError(f"cannot reach {workdir}: {reason}") from error
+  return path
+
+
+def write_whole(path: epath.Path, content: bytes) -> None:
+  """Writes a file of which a reader never sees a part."""
+  partial = path.with_name(f"{path.name}.partial")
+  partial.write_bytes(content)
+  partial.replace(path)
 
 
 def check(
@@ -45,8 +75,7 @@ def check(
   Raises:
     UserError: names the fields that differ.
   """
-  workdir = pathlib.Path(workdir)
-  path = workdir / "config.json"
+  path = path_of(workdir) / "config.json"
   if not list_steps(workdir):
     return  # nothing was made with whatever config stands there
   if not path.exists():
@@ -62,9 +91,9 @@ def check(
     ) from error
   new = json.loads(config.to_json_best_effort())
   for model in (old.get("model", {}), new["model"]):
-    for field in _FREE_IN_MODEL:
+    for field in FREE_IN_MODEL:
       model.pop(field, None)
-  fixed = (*_FIXED, *([DATA] if data else []))
+  fixed = (*FIXED, *([DATA] if data else []))
   new[DATA] = dict(data or {})
   different = _differences(
     {field: old.get(field) for field in fixed},
@@ -82,15 +111,13 @@ def claim(
 ) -> None:
   """Checks the folder and writes `config.json`; arguments as in `check`."""
   check(workdir, config, data)
-  workdir = pathlib.Path(workdir)
-  path = workdir / "config.json"
+  path = path_of(workdir) / "config.json"
   resolved = json.loads(config.to_json_best_effort())
   resolved[DATA] = dict(data)
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name("config.json.partial")
-    partial.write_text(json.dumps(resolved, indent=2, sort_keys=True) + "\n")
-    os.replace(partial, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(resolved, indent=2, sort_keys=True) + "\n"
+    write_whole(path, text.encode())
   except OSError as error:
     raise UserError(
       f"cannot write to the workdir {workdir}: {error}"

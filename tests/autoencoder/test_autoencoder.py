@@ -56,6 +56,18 @@ def write(directory, sizes, tensors=None, **config):
   return directory
 
 
+@pytest.fixture(scope="module", autouse=True)
+def optimised():
+  """The goldens are met to 1e-6 by the program that users run."""
+  option = "jax_disable_most_optimizations"
+  before = jax.config.read(option)
+  autoencoder._apply.clear_cache()
+  jax.config.update(option, False)
+  yield
+  autoencoder._apply.clear_cache()
+  jax.config.update(option, before)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   return write(tmp_path_factory.mktemp("vae"), GOLDEN_SIZES)

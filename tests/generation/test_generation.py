@@ -35,11 +35,17 @@ def loaded():
   return weights.Weights(params, config, 4, "edm", "a test")
 
 
+_made = {}
+
+
 def make(loaded, mesh=None):
-  model = models.make_model(loaded.config.model)
-  generate = generator.make_generator(
-    model, loaded.config, mesh or one_device()
-  )
+  """Generators are functions of config and mesh: each is compiled once."""
+  mesh = mesh or one_device()
+  made = (loaded.config.to_json_best_effort(), mesh)
+  if made not in _made:
+    model = models.make_model(loaded.config.model)
+    _made[made] = generator.make_generator(model, loaded.config, mesh)
+  generate = _made[made]
   return lambda index, labels, seed=0: np.asarray(
     generate(
       loaded.params, seed, np.uint32(index), np.asarray(labels, np.int32)

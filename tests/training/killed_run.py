@@ -40,8 +40,8 @@ def main(workdir: str, data_dir: str, mode: str, at: int) -> None:
 
   real_save = checkpoint.Checkpoints.save
 
-  def save(self, step, state, batch_size):
-    real_save(self, step, state, batch_size)
+  def save(self, step, *rest):
+    real_save(self, step, *rest)
     if mode == "save" and step == at:
       while not list(self.directory.glob(f"{step}.orbax*/*/*")):
         if (self.directory / str(step)).exists():

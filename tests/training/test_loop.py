@@ -18,8 +18,9 @@ from diffit_jax.training import program as program_lib
 
 
 def small(**fields):
-  """The digits' debug config with some top-level fields changed."""
+  """The digits' debug config on one level, some top-level fields changed."""
   config = digits.get_config("debug")
+  config.model.channel_mult = (1,)
   config.update(fields)
   return config
 
@@ -213,14 +214,15 @@ def steps_on(devices, config, data_dir, count=4):
 
 def test_eight_devices_equal_one(data_dir):
   """Equal up to the order of sums over the batch; dropout is on."""
-  config = small()
+  config = digits.get_config("debug")
   config.model.dropout = 0.2
   losses_8, eight = steps_on(jax.devices(), config, data_dir)
   losses_1, one = steps_on(one_device(), config, data_dir)
   np.testing.assert_allclose(losses_8, losses_1, rtol=1e-5)
   program = program_lib.build(config, one_device())
   x = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
-  run = lambda tree: program.model.apply({"params": tree}, x, jnp.zeros(4))
+  apply = jax.jit(program.model.apply)
+  run = lambda tree: apply({"params": tree}, x, jnp.zeros(4))
   np.testing.assert_allclose(run(eight.params), run(one.params), atol=1e-5)
   jax.tree_util.tree_map_with_path(
     lambda path, a, b: np.testing.assert_allclose(
@@ -325,7 +327,7 @@ def test_no_value_is_fetched_between_logging_points(
 
   monkeypatch.setattr(loop._Run, "__init__", init)
   monkeypatch.setattr(
-    checkpoint.Checkpoints, "save", lambda self, step, now, _: leaf._touch()
+    checkpoint.Checkpoints, "save", lambda self, step, now, *_: leaf._touch()
   )
   for name in ("block_until_ready", "device_get"):
     real_wait = getattr(jax, name)

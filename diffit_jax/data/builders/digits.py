@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from sklearn import datasets
 
-from diffit_jax.data import transforms
 from diffit_jax.data.builders import base
 
 
@@ -16,13 +15,16 @@ class Digits(base.ImageBuilder, skip_registration=True):
   Values 0..16 of the source become round(v * 255 / 16).
   """
 
-  def __init__(self, *, name: str = "digits", data_dir: str):
+  def __init__(
+    self, *, name: str = "digits", data_dir: str, encoding: str | None = None
+  ):
     super().__init__(
       name=name,
       data_dir=data_dir,
       resolution=8,
       channels=1,
       class_names=[str(digit) for digit in range(10)],
+      encoding=encoding,
     )
 
   def examples(self) -> Iterator[dict[str, Any]]:
@@ -30,17 +32,18 @@ class Digits(base.ImageBuilder, skip_registration=True):
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     for index, (image, label) in enumerate(zip(images, digits.target)):
       yield {
-        "image": transforms.encode_png(image),
+        "image": self.encode(image),
         "id": f"digit{index:04d}",
         "label": int(label),
       }
 
 
-def recipe() -> dict[str, Any]:
+def recipe(*, encoding: str | None = None) -> dict[str, Any]:
   """What `preparation.prepare` needs to know to make this data set."""
   return {
-    "make_builder": lambda folder: Digits(data_dir=folder),
+    "make_builder": lambda folder: Digits(data_dir=folder, encoding=encoding),
     "name": "digits",
+    "encoding": encoding,
     "settings": {"builder": "digits"},
     "source": "sklearn.datasets.load_digits",
   }

@@ -27,6 +27,7 @@ class Ffhq64(image_folder.ImageFolder, skip_registration=True):
     data_dir: str,
     source: sources.Source,
     max_bad_fraction: float = 0.01,
+    encoding: str | None = None,
   ):
     if len(source.sizes) != _NUM_IMAGES:
       logging.warning(
@@ -42,11 +43,16 @@ class Ffhq64(image_folder.ImageFolder, skip_registration=True):
       resolution=64,
       crop="edm",
       max_bad_fraction=max_bad_fraction,
+      encoding=encoding,
     )
 
 
 def recipe(
-  source: str, *, name: str = "ffhq64", max_bad_fraction: float = 0.01
+  source: str,
+  *,
+  name: str = "ffhq64",
+  max_bad_fraction: float = 0.01,
+  encoding: str | None = None,
 ) -> dict[str, Any]:
   """What `preparation.prepare` needs to know to make this data set."""
   images = sources.open_source(source, use_labels=False)
@@ -56,8 +62,10 @@ def recipe(
       data_dir=folder,
       source=images,
       max_bad_fraction=max_bad_fraction,
+      encoding=encoding,
     ),
     "name": name,
+    "encoding": encoding,
     "settings": {
       "builder": "ffhq64",
       "source_listing": images.listing_hash(),

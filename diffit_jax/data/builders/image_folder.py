@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import zipfile
 
 from absl import logging
+import numpy as np
 from PIL import Image
 
 from diffit_jax.data import sources, transforms
@@ -38,6 +39,7 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):
     resolution: int,
     crop: str,
     max_bad_fraction: float = 0.01,
+    encoding: str | None = None,
   ):
     """Plans the data set; `download_and_prepare` makes it.
 
@@ -48,6 +50,7 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):
       resolution: side of the prepared images.
       crop: one of `transforms.CROPS`.
       max_bad_fraction: share of unreadable files that is put up with.
+      encoding: one of `transforms.ENCODINGS`; None chooses by the resolution.
     """
     self._source, self._resolution, self._crop = source, resolution, crop
     self._max_bad_fraction = max_bad_fraction
@@ -57,6 +60,7 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):
       resolution=resolution,
       channels=3,
       class_names=source.class_names,
+      encoding=encoding,
     )
 
   def examples(self) -> Iterator[dict[str, Any]]:
@@ -69,7 +73,7 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):
           self._skip(name, result)
           continue
         notes.update(result.notes)
-        example = {"image": result.png, "id": name_as_text(name)}
+        example = {"image": result.image, "id": name_as_text(name)}
         if self._source.labels:
           example["label"] = self._source.labels[name]
         yield example
@@ -82,7 +86,7 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):
     """Reads and fits one image; gives back what was wrong if it cannot."""
     try:
       image, notes = fit(self._source.read(name), self._resolution, self._crop)
-      return _Converted(transforms.encode_png(image), notes)
+      return _Converted(self.encode(image), notes)
     except UNREADABLE as error:
       return error
 
@@ -105,6 +109,7 @@ def recipe(
   resolution: int,
   crop: str = "center-crop",
   max_bad_fraction: float = 0.01,
+  encoding: str | None = None,
 ) -> dict[str, Any]:
   """What `preparation.prepare` needs to know to make such a data set."""
   images = sources.open_source(source)
@@ -115,9 +120,11 @@ def recipe(
       data_dir=folder,
       source=images,
       max_bad_fraction=max_bad_fraction,
+      encoding=encoding,
       **fit,
     ),
     "name": name,
+    "encoding": encoding,
     "settings": {
       "builder": "image_folder",
       "source_listing": images.listing_hash(),
@@ -133,12 +140,12 @@ def name_as_text(name: str) -> str:
 
 
 def fit(
-  data: bytes, resolution: int, crop: str, channels: int = 3
+  data: bytes | np.ndarray, resolution: int, crop: str, channels: int = 3
 ) -> tuple[Image.Image, list[str]]:
   """Decodes an image and brings it to one size.
 
   Args:
-    data: the file.
+    data: the file, or pixels, [h, w, c] uint8.
     resolution: side of the result.
     crop: one of `transforms.CROPS`.
     channels: 3 for RGB, 1 for gray.
@@ -165,7 +172,7 @@ def fit(
 class _Converted:
   """A prepared image, and what the user should know about it."""
 
-  png: bytes
+  image: bytes | np.ndarray
   notes: list[str]
 
 

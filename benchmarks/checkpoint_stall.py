@@ -1,0 +1,121 @@
+"""How long the training loop stands still for checkpoints and for data.
+
+  python benchmarks/checkpoint_stall.py [--config=digits] [--steps=400]
+
+Trains the full config in a folder of its own and saves every --save_every
+steps. The first interval compiles and is left out. "checkpoint" is everything
+that saving makes the loop wait for: the check for non-finite parameters, the
+checksums, the copy to the host, and the save before it; what the background
+thread takes from the steps' own speed is not in it. "data" is waiting for the
+next batch.
+"""
+
+import importlib
+import json
+import platform
+import tempfile
+import time
+
+from absl import app, flags
+
+_CONFIG = flags.DEFINE_string("config", "digits", "File of configs/.")
+_STEPS = flags.DEFINE_integer("steps", 400, "Steps to train.", 2)
+_EVERY = flags.DEFINE_integer("save_every", 100, "Steps between saves.", 1)
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Default: a new folder.")
+_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+
+
+class Clock:
+  """Seconds spent in calls, from `start` on."""
+
+  def __init__(self):
+    self.seconds: dict[str, list[float]] = {}
+    self.start = None
+
+  def timed(self, name: str, call):
+    """`call`, with its duration noted under `name`."""
+
+    def wrapped(*args, **kwargs):
+      begin = time.monotonic()
+      try:
+        return call(*args, **kwargs)
+      finally:
+        if self.start is not None:
+          spent = time.monotonic() - begin
+          self.seconds.setdefault(name, []).append(spent)
+
+    return wrapped
+
+
+def measure(name: str, steps: int, every: int, data_dir: str | None) -> dict:
+  """The result, as a dict for JSON."""
+  import jax
+
+  from diffit_jax.data import preparation
+  from diffit_jax.data.builders import digits
+  from diffit_jax.training import loop
+
+  config = importlib.import_module(f"configs.{name}").get_config()
+  config.total_steps, config.save_every_steps = steps, every
+  config.sample_every_steps = 0
+  clock = Clock()
+  saved = []
+
+  real_save = loop._Run._save
+
+  def save(run):
+    jax.block_until_ready(run.state)  # the steps' time, not the checkpoint's
+    clock.timed("checkpoint", real_save)(run)
+    saved.append(run.step)
+    if clock.start is None:  # the first save compiled its checksums
+      clock.start = time.monotonic()
+      clock.first_step = run.step
+
+  real_ahead = loop.mesh_lib.put_ahead
+
+  def put_ahead(*args):
+    batches = real_ahead(*args)
+    while True:
+      try:
+        yield clock.timed("data", next)(batches)
+      except StopIteration:
+        return
+
+  loop._Run._save, loop.mesh_lib.put_ahead = save, put_ahead
+  with tempfile.TemporaryDirectory() as folder:
+    if data_dir is None:
+      data_dir = f"{folder}/data"
+      preparation.prepare(**digits.recipe(), data_dir=data_dir)
+    assert loop.train(config, f"{folder}/run", data_dir)
+  total = time.monotonic() - clock.start
+  return {
+    "config": name,
+    "steps": steps - clock.first_step,
+    "saves": len(saved) - 1,
+    "seconds": total,
+    "seconds_per_step": total / (steps - clock.first_step),
+    "seconds_per_save": sum(clock.seconds["checkpoint"]) / (len(saved) - 1),
+    "share_checkpoint": sum(clock.seconds["checkpoint"]) / total,
+    "share_data": sum(clock.seconds["data"]) / total,
+    "machine": f"{platform.machine()}, {len(jax.devices())}"
+    f" {jax.devices()[0].device_kind}, jax {jax.__version__}",
+  }
+
+
+def main(_) -> None:
+  row = measure(_CONFIG.value, _STEPS.value, _EVERY.value, _DATA_DIR.value)
+  print(f"{row['config']}, saving every {_EVERY.value} steps, {row['machine']}")
+  print("| steps | s/step | saves | s/save | checkpoint | data |")
+  print("|---|---|---|---|---|---|")
+  print(
+    f"| {row['steps']} | {row['seconds_per_step']:.3f} | {row['saves']}"
+    f" | {row['seconds_per_save']:.3f} | {row['share_checkpoint']:.2%}"
+    f" | {row['share_data']:.2%} |"
+  )
+  if _JSON.value:
+    with open(_JSON.value, "w") as file:
+      json.dump(row, file, indent=2)
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,1 @@
+"""Plans: what a train step needs on devices that are not there."""

@@ -1,0 +1,239 @@
+"""A folder of numbered Orbax steps: trees of arrays, notes, and checksums.
+
+  <directory>/<step>/<tree>      one Orbax item per tree of arrays
+  <directory>/<step>/<note>      small JSON
+  <directory>/<step>/checksums   {"params/a/kernel": "<16 hex digits>", ..}
+
+A step becomes visible only once complete (Orbax renames it, or in a bucket
+marks it), so a kill during a save leaves the step before it as the newest.
+Saving copies the arrays to the host and writes them in the background. Reading
+goes through an abstract tree with shardings, so any number of devices and
+processes can read any step, and compares the checksums of every leaf.
+"""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import hashlib
+import json
+import os
+
+from absl import logging
+from etils import epath
+import orbax.checkpoint as ocp
+
+from diffit_jax.errors import UserError
+from diffit_jax.parallel import runtime
+from diffit_jax.training import integrity
+
+_SUMS = "checksums"
+
+
+class StepFolder:
+  """Writes the steps of one folder.
+
+  Attributes:
+    directory: one folder per kept step.
+  """
+
+  def __init__(
+    self,
+    directory: epath.Path,
+    policy: ocp.checkpoint_managers.PreservationPolicy,
+    kind: str,
+  ):
+    """Opens or creates the folder, and removes what a kill left half-written.
+
+    Args:
+      directory: absolute.
+      policy: says which steps stay after a save.
+      kind: what a step is called in error messages.
+    """
+    self.directory, self._kind = directory, kind
+    self._is_pending = False
+    self._manager = ocp.CheckpointManager(
+      directory,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policy,
+        cleanup_tmp_directories=True,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+          barrier_sync_key_prefix=directory.name
+        ),
+      ),
+    )
+
+  def save(self, step: int, trees: Mapping, notes: Mapping, unit=None) -> None:
+    """Starts saving; returns once the arrays are copied to the host.
+
+    Does nothing where the step is already there. A failure of an earlier save
+    in the background is raised here.
+
+    Args:
+      step: number of steps taken.
+      trees: {name: tree of arrays}.
+      notes: {name: what JSON can hold}.
+      unit: see `integrity.checksums`.
+    """
+    self.check()
+    if step in self._manager.all_steps():
+      return
+    sums = integrity.checksums(dict(trees), unit)
+    sums |= {name: _digest(note) for name, note in notes.items()}
+    items = {
+      **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
+      **{name: ocp.args.JsonSave(note) for name, note in notes.items()},
+      _SUMS: ocp.args.JsonSave(sums),
+    }
+    with self._saving(step):
+      self._manager.save(step, args=ocp.args.Composite(**items))
+    self._is_pending = True
+
+  def check(self) -> None:
+    """Raises the failure of a save in the background; cheap in every step."""
+    if self._is_pending and not self._manager.is_saving_in_progress():
+      self.wait()
+
+  def wait(self) -> None:
+    """Waits for the save under way; raises its failure."""
+    if self._is_pending:
+      self._is_pending = False
+      with self._saving(None):
+        self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits as `wait`, and ends the threads in any case."""
+    try:
+      self.wait()
+    except UserError:
+      with contextlib.suppress(Exception):  # it would raise the same again
+        self._manager.close()
+      raise
+    self._manager.close()
+
+  def steps(self) -> list[int]:
+    """All complete steps, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def set_aside(self, step: int, folder: epath.Path) -> None:
+    """Moves a damaged step into `folder`; all processes call it together."""
+    target = folder / str(step)
+
+    def move() -> None:
+      try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+          target.rmtree()
+        (self.directory / str(step)).rename(target)
+      except OSError as error:
+        raise UserError(
+          f"cannot move the damaged {self.directory / str(step)} to {target}"
+          f" ({error}): move or delete it, then run the same command again"
+        ) from error
+
+    runtime.from_first(move)
+    logging.error("moved the damaged step %d to %s", step, target)
+    self._manager.reload()
+
+  @contextlib.contextmanager
+  def _saving(self, step: int | None) -> Iterator[None]:
+    """Turns what the file system refuses while saving into one sentence."""
+    try:
+      yield
+    except (OSError, ValueError, RuntimeError) as error:
+      what = f"a {self._kind}" if step is None else f"{self._kind} {step}"
+      reason = str(error).split(": ")[-1].split(" [")[0][:200]  # not the paths
+      raise UserError(
+        f"saving {what} to {self.directory} failed: {reason}; older"
+        f" {self._kind}s are kept: free some space or mend the folder, then run"
+        " the same command again"
+      ) from error
+
+
+def absolute(path: str | os.PathLike) -> epath.Path:
+  """The path as Orbax needs it; buckets (gs://) are absolute already."""
+  text = os.fspath(path)
+  return epath.Path(text if "://" in text else os.path.abspath(text))
+
+
+def list_steps(directory: epath.Path) -> list[int]:
+  """Complete steps, oldest first, of a folder that may be missing."""
+  if not directory.is_dir():
+    return []
+  return sorted(ocp.utils.checkpoint_steps(directory))
+
+
+def read_note(directory: epath.Path, step: int, name: str):
+  """One note of a step, unchecked; any failure is the caller's."""
+  return json.loads((directory / str(step) / name / "metadata").read_text())
+
+
+def read(
+  directory: epath.Path,
+  step: int,
+  trees: Mapping,
+  notes: tuple[str, ...] = (),
+  *,
+  partial: bool = False,
+  unit=None,
+) -> dict:
+  """Trees and notes of one step, each as it was saved or not at all.
+
+  All processes call it together, and all get them or none.
+
+  Args:
+    directory: of the steps.
+    step: one of `list_steps`.
+    trees: {name: shapes, dtypes and shardings to restore into}.
+    notes: names of the JSON to read.
+    partial: the trees may be a part of what was saved under their names.
+    unit: see `integrity.checksums`.
+
+  Returns:
+    {name: tree or note}.
+
+  Raises:
+    UserError: says what cannot be read, or which leaf is damaged.
+  """
+
+  def load():
+    try:
+      sums = dict(read_note(directory, step, _SUMS))
+      found = {name: read_note(directory, step, name) for name in notes}
+      integrity.compare(sums, {k: _digest(v) for k, v in found.items()})
+      for name, abstract in trees.items():
+        path = directory / str(step) / name
+        found[name] = _load_tree(path, abstract, partial)
+      return sums, found
+    except Exception as error:  # Orbax has no one class for damage
+      first = (str(error).splitlines() or [""])[0][:300]
+      raise UserError(f"{type(error).__name__}: {first}") from error
+
+  # No process may be left waiting for another one that failed to read, so
+  # nothing in `load` communicates, and all processes come to the checksums.
+  sums, found = runtime.together(load)
+  read_sums = integrity.checksums({name: found[name] for name in trees}, unit)
+  try:
+    integrity.compare(sums, read_sums)
+  except integrity.Damage as damage:
+    raise UserError(str(damage)) from damage
+  return found
+
+
+def _load_tree(path: epath.Path, abstract, partial: bool):
+  """One tree, by a handler that waits for no other process."""
+  if not partial:
+    return ocp.StandardCheckpointHandler().restore(
+      path, args=ocp.args.StandardRestore(abstract)
+    )
+  restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+  return ocp.PyTreeCheckpointHandler().restore(
+    path,
+    args=ocp.args.PyTreeRestore(
+      item=abstract, restore_args=restore_args, partial_restore=True
+    ),
+  )
+
+
+def _digest(note) -> str:
+  """16 hexadecimal digits of a note."""
+  text = json.dumps(note, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,126 @@
+"""Where the time of training steps goes: logged always, traced on demand."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import os
+import time
+
+from absl import logging
+from etils import epath
+import jax
+
+from diffit_jax.errors import UserError
+
+PARTS = ("data_wait", "checkpoint")
+
+
+class StepClock:
+  """Time per step since the last logging point, and what part of it waited.
+
+  It only looks at the host's clock, so it never waits for the device. The rest
+  of a step is the device's work, which the host waits for at logging points.
+  """
+
+  def __init__(self):
+    self._start = None
+
+  @property
+  def is_running(self) -> bool:
+    """False until `restart`: the first step compiles, and is not timed."""
+    return self._start is not None
+
+  def restart(self, step: int) -> None:
+    """Begins to count anew, `step` steps being done."""
+    self._start, self._step = time.monotonic(), step
+    self._waited = dict.fromkeys(PARTS, 0.0)
+
+  @contextlib.contextmanager
+  def waiting(self, part: str) -> Iterator[None]:
+    """Counts the block as waiting for `part`, one of PARTS."""
+    start = time.monotonic()
+    yield
+    if self.is_running:
+      self._waited[part] += time.monotonic() - start
+
+  def scalars(self, step: int, batch_size: int) -> dict[str, float]:
+    """Seconds per step and shares of it; nothing where no step was timed."""
+    timed = step - self._step
+    if not timed:
+      return {}
+    seconds = (time.monotonic() - self._start) / timed
+    scalars = {
+      "seconds_per_step": seconds,
+      "images_per_second": batch_size / seconds,
+    }
+    for part, waited in self._waited.items():
+      scalars[f"seconds_{part}"] = waited / timed
+      scalars[f"share_{part}"] = waited / timed / seconds
+    return scalars
+
+
+def parse_steps(text: str | None) -> range:
+  """The steps of --profile_steps=10:13, which are 10, 11 and 12.
+
+  Raises:
+    UserError: not of that form, or no steps.
+  """
+  if not text:
+    return range(0)
+  first, _, end = text.partition(":")
+  try:
+    steps = range(int(first), int(end))
+  except ValueError:
+    steps = range(0)
+  if not steps or steps.start < 1:
+    raise UserError(
+      f"--profile_steps={text}: write FIRST:END, as 10:13 for the steps 10, 11"
+      " and 12; steps count from 1"
+    )
+  return steps
+
+
+class Profile:
+  """Traces some steps of a run for TensorBoard's profile page and XProf.
+
+  Each process writes `<folder>/plugins/profile/<time>/<host>.xplane.pb`; of
+  several processes each has a folder of its own, process_0 and so on.
+  """
+
+  def __init__(
+    self,
+    steps: range,
+    folder: str | os.PathLike,
+    patient: Callable[[], contextlib.AbstractContextManager],
+  ):
+    """Traces nothing yet.
+
+    Args:
+      steps: counted as in the logs: step 1 is the run's first.
+      folder: for the traces.
+      patient: entered while the profiler starts or writes, which takes long.
+    """
+    self._steps, self._patient, self._active = steps, patient, False
+    self._folder = epath.Path(folder)
+    if jax.process_count() > 1:
+      self._folder /= f"process_{jax.process_index()}"
+
+  def before(self, step: int) -> None:
+    """Starts the trace where `step`, about to be run, is one of them."""
+    if not self._active and step in self._steps:
+      self._active = True
+      with self._patient():
+        jax.profiler.start_trace(str(self._folder))
+
+  def after(self, step: int, state) -> None:
+    """Ends the trace after the last of them, once `state` is computed."""
+    if self._active and step + 1 not in self._steps:
+      with self._patient():
+        jax.block_until_ready(state)
+        self.close()
+
+  def close(self) -> None:
+    """Ends the trace if it is under way."""
+    if self._active:
+      self._active = False
+      jax.profiler.stop_trace()
+      logging.info("wrote a trace to %s", self._folder)

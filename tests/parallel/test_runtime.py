@@ -1,0 +1,278 @@
+"""Who the processes of a run are, and whether they agree."""
+
+import json
+import os
+import types
+
+from jax._src import compilation_cache
+import pytest
+
+from diffit_jax.errors import UserError
+from diffit_jax.parallel import runtime
+from diffit_jax.parallel.cluster import Cluster, detect
+from diffit_jax.stop import StopRequest
+import two_processes
+
+SLURM = {
+  "SLURM_JOB_ID": "1234",
+  "SLURM_STEP_ID": "0",
+  "SLURM_STEP_NODELIST": "node[007-008,012],login1",
+  "SLURM_STEP_NUM_TASKS": "4",
+  "SLURM_STEP_TASKS_PER_NODE": "1(x4)",
+  "SLURM_NTASKS": "4",
+  "SLURM_PROCID": "2",
+  "SLURM_NODEID": "2",
+  "SLURM_LOCALID": "0",
+}
+EIGHT = dict(SLURM, CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7")
+
+
+def devices(**environ):
+  return detect(None, None, None, EIGHT | environ).device_ids
+
+
+def test_without_flags_and_surroundings_a_program_is_alone():
+  assert detect(None, None, None, {}) == Cluster("alone")
+  batch = {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}  # no srun: no job step
+  assert detect(None, None, None, batch) == Cluster("alone")
+  one = SLURM | {"SLURM_STEP_NUM_TASKS": "1"}
+  assert detect(None, None, None, one) == Cluster("alone")
+
+
+def test_flags_win_over_slurm_and_slurm_over_the_tpu():
+  manual = detect("h:1", 2, 1, SLURM, has_tpu=True)
+  assert manual == Cluster("manual", "h:1", 2, 1, None)
+  assert detect(None, None, None, SLURM, has_tpu=True).kind == "slurm"
+  assert detect(None, None, None, {}, has_tpu=True) == Cluster("tpu")
+  assert detect(None, 1, None, SLURM, has_tpu=True) == Cluster("alone")
+
+
+def test_a_slurm_step_is_read():
+  # Port: 61440 + (1234 * 16 + 0) % 4096.
+  assert detect(None, None, None, SLURM) == Cluster(
+    "slurm", f"node007:{61440 + 3360}", 4, 2, None
+  )
+  plain = SLURM | {"SLURM_STEP_NODELIST": "a1,b2", "JAX_COORDINATOR_PORT": "9"}
+  assert detect(None, None, None, plain).coordinator == "a1:9"
+
+
+def test_a_slurm_task_takes_its_share_of_the_nodes_gpus():
+  assert devices() is None  # one task per node takes them all
+  two = dict(SLURM_STEP_TASKS_PER_NODE="1,2(x3)", SLURM_LOCALID="1")
+  assert devices(**two) == (4, 5, 6, 7)
+  assert devices(**two, SLURM_NODEID="0") is None
+  eight = dict(SLURM_STEP_TASKS_PER_NODE="8(x4)", SLURM_LOCALID="3")
+  assert devices(**eight) == (3,)
+  assert devices(**eight, CUDA_VISIBLE_DEVICES="") == (3,)
+  # What Slurm or the user has already dealt out is left so.
+  assert devices(**eight, CUDA_VISIBLE_DEVICES="0") is None
+  assert devices(**two, SLURM_GPUS_PER_TASK="2") is None
+  assert devices(**two, SLURM_TRES_PER_TASK="cpu=8,gres/gpu=2") is None
+  assert devices(**two, SLURM_TRES_PER_TASK="cpu=8") == (4, 5, 6, 7)
+  assert devices(**two, JAX_LOCAL_DEVICE_IDS="0") is None
+
+
+@pytest.mark.parametrize(
+  "given, message",
+  [
+    (("h:1", None, None), "--num_processes and --process_id missing"),
+    ((None, 2, 0), "--coordinator missing: --coordinator=HOST:PORT, --num"),
+    (("h", 2, 0), "--coordinator=h: write it as HOST:PORT"),
+    (("h:1", 2, 2), "--process_id=2 must be from 0 to 1, with --num_pro"),
+  ],
+)
+def test_flags_that_do_not_go_together_are_refused(given, message):
+  with pytest.raises(UserError, match=message):
+    detect(*given, SLURM)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.1.2.3"])
+def test_a_loopback_coordinator_is_warned_about(host, caplog):
+  detect(f"{host}:1", 2, 0, {})
+  assert "other hosts cannot reach it" in caplog.text
+
+
+def test_alone_nothing_is_asked_of_others(tmp_path):
+  with runtime.joined(Cluster()):
+    assert runtime.together(lambda: 3) == runtime.from_first(lambda: 3) == 3
+    runtime.check_shared(tmp_path / "absent")
+    assert not (tmp_path / "absent").exists()
+    assert runtime.preemption_notice() is None
+  with pytest.raises(UserError, match="^no$"):
+    runtime.together(fail_with("no"))
+
+
+def fail_with(text):
+  def call():
+    raise UserError(text)
+
+  return call
+
+
+def test_the_others_do_not_come():
+  """One sentence, in place of the abort that JAX makes of it."""
+  coordinator = f"localhost:{two_processes.free_port()}"
+  code = (
+    "from diffit_jax import cli\n"
+    "from diffit_jax.parallel import runtime\n"
+    f"cluster = runtime.Cluster('manual', {coordinator!r}, 2, 0)\n"
+    "def main():\n"
+    "  with runtime.joined(cluster, timeout=1):\n"
+    "    pass\n"
+    "cli.run(main)\n"
+  )
+  ((returncode, _, err),) = two_processes.run_all([["-c", code]])
+  assert returncode == 1
+  assert (
+    err.strip()
+    .splitlines()[-1]
+    .startswith(
+      f"error: process 0 of 2 at the coordinator {coordinator} did not find the"
+      " others within --start_timeout=1 seconds"
+    )
+  ), err
+
+
+AGREEMENT = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from diffit_jax import cli
+from diffit_jax.errors import UserError
+from diffit_jax.parallel import mesh, runtime
+
+coordinator, process, shared, own = sys.argv[1:]
+sys.argv = sys.argv[:1]
+
+def main():
+  def fail(who, text):
+    if int(process) in who:
+      raise UserError(text)
+    return process
+
+  def refusal(call):
+    try:
+      call()
+    except UserError as error:
+      return str(error)
+
+  cluster = runtime.Cluster("manual", coordinator, 2, int(process))
+  with runtime.joined(cluster, timeout=120):
+    split = mesh.batch_sharding(mesh.make_mesh())
+    runtime.check_shared(shared)
+    print(json.dumps([
+      runtime.together(lambda: process),
+      runtime.from_first(lambda: {"from": process}),
+      refusal(lambda: runtime.together(lambda: fail([1], "no disk"))),
+      refusal(lambda: runtime.together(lambda: fail([0, 1], "both"))),
+      refusal(lambda: runtime.from_first(lambda: fail([0], "first"))),
+      float(jax.jit(jnp.sum)(mesh.place(np.arange(8.0), split))),
+    ]))
+    runtime._SHARED_FOLDER_TIMEOUT = 0.5
+    runtime.check_shared(own)
+
+cli.run(main)
+"""
+
+
+def test_two_processes_agree(tmp_path):
+  coordinator = f"localhost:{two_processes.free_port()}"
+  done = two_processes.run_all(
+    [
+      [
+        *("-c", AGREEMENT, coordinator, str(i)),
+        *(str(tmp_path / "shared"), str(tmp_path / f"own{i}")),
+      ]
+      for i in range(2)
+    ]
+  )
+  for i, (returncode, out, err) in enumerate(done):
+    assert json.loads(out.splitlines()[-1]) == [  # Gloo speaks before
+      str(i), {"from": "0"}, "process 1: no disk", "both", "first", 28.0,
+    ], err  # fmt: skip
+    assert returncode == 1
+    assert f"process {i} of 2: 4 local devices, 8 global devices" in err
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("error: process 1: ") and "is not shared" in line
+  assert not list(tmp_path.glob("*/.shared*"))
+
+
+@pytest.fixture()
+def jax_config(monkeypatch):
+  """Stands for JAX's, with no compilation cache."""
+  config = types.SimpleNamespace(jax_compilation_cache_dir=None)
+  config.update = lambda name, value: setattr(config, name, value)
+  monkeypatch.setattr(
+    runtime,
+    "jax",
+    types.SimpleNamespace(config=config, process_index=lambda: 0),
+  )
+  return config
+
+
+def test_the_compilation_cache_of_the_user_wins(jax_config, tmp_path):
+  runtime.use_compilation_cache(f"{tmp_path}/cache")
+  assert jax_config.jax_compilation_cache_dir == f"{tmp_path}/cache"
+  jax_config.jax_compilation_cache_dir = "/elsewhere"
+  runtime.use_compilation_cache(f"{tmp_path}/cache")
+  assert jax_config.jax_compilation_cache_dir == "/elsewhere"
+
+
+@pytest.mark.parametrize("size", [None, 0, 10, -1])
+def test_a_torn_entry_of_the_compilation_cache_goes(size, jax_config, tmp_path):
+  whole = compilation_cache.compress_executable(bytes(range(256)) * 9)
+  (tmp_path / "a-cache").write_bytes(whole)
+  (tmp_path / "b-cache").write_bytes(whole[:size])
+  os.utime(tmp_path / "a-cache", (1, 1))
+  runtime.use_compilation_cache(str(tmp_path))
+  kept = ["a-cache"] if size is not None else ["a-cache", "b-cache"]
+  assert sorted(p.name for p in tmp_path.iterdir()) == kept
+
+
+class Protocol:
+  """JAX's agreement, as its sources say it: all stop one step after the last.
+
+  Attributes:
+    counters: the step that each process told last; 0 before the first.
+  """
+
+  def __init__(self, num=2):
+    self.counters, self.sync = [0] * num, None
+
+  def signal(self):
+    if self.sync is None:
+      self.sync = max(self.counters) + 1
+
+  def ask(self, process):
+    def reached(step):
+      self.counters[process] = step
+      return step == self.sync
+
+    return reached
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 1000])
+@pytest.mark.parametrize("when", range(12))
+def test_no_signal_is_lost_and_all_stop_at_one_step(start, when):
+  """A signal before, between and after the first calls of two processes."""
+  protocol = Protocol()
+  stops = [StopRequest(protocol.ask(i)) for i in range(2)]
+  steps = [start, start]
+  calls = 0
+
+  def tick():
+    nonlocal calls
+    if calls == when:
+      protocol.signal()
+    calls += 1
+
+  tick()
+  for stop in stops:
+    stop.begin(start)
+    tick()
+  while not all(stop.requested for stop in stops) and max(steps) < start + 20:
+    for process, stop in enumerate(stops):
+      if not stop.requested:
+        steps[process] += 1
+        stop.at_step(steps[process])
+      tick()
+  assert steps[0] == steps[1] < start + 20

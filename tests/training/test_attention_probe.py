@@ -1,0 +1,105 @@
+"""The probe of fused attention kernels: right ones pass, wrong ones do not."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import digits
+from diffit_jax.errors import UserError
+from diffit_jax.models.attention import attend
+from diffit_jax.training import attention_probe
+from diffit_jax.training import program as program_lib
+
+
+def in_another_order(q, k, v, bias):
+  """The same attention, computed two halves of the keys at a time."""
+  logits = jnp.einsum(
+    "bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32
+  )
+  logits = logits * q.shape[-1] ** -0.5 + bias.astype(q.dtype)
+  half = logits.shape[-1] // 2
+  top = logits.max(-1, keepdims=True)
+  weights = jnp.exp(logits - top)
+  parts = [
+    jnp.einsum("bhnm,bmhd->bnhd", w.astype(v.dtype), x)
+    for w, x in (
+      (weights[..., :half], v[:, :half]),
+      (weights[..., half:], v[:, half:]),
+    )
+  ]
+  total = jnp.moveaxis(weights.sum(-1), 1, 2)[..., None]
+  return ((parts[0] + parts[1]) / total).astype(v.dtype)
+
+
+def test_a_right_kernel_passes():
+  attention_probe.probe(2, 16, 4, in_another_order)
+
+
+def without_bias(q, k, v, bias):
+  return attend(q, k, v, jnp.zeros_like(bias))
+
+
+def without_bias_gradient(q, k, v, bias):
+  return attend(q, k, v, jax.lax.stop_gradient(bias))
+
+
+@jax.custom_vjp
+def bias_of_one_window(q, k, v, bias):
+  """Its d(bias) forgets to sum over the batch."""
+  return attend(q, k, v, bias)
+
+
+def forward(*args):
+  return attend(*args), args
+
+
+def backward(args, g):
+  _, vjp = jax.vjp(attend, *args)
+  first = jax.vjp(attend, *(x[:1] for x in args[:3]), args[3])[1]
+  return *vjp(g)[:3], first(g[:1])[3]
+
+
+bias_of_one_window.defvjp(forward, backward)
+
+
+def without_scale(q, k, v, bias):
+  return attend(q * q.shape[-1] ** 0.5, k, v, bias)
+
+
+def transposed(q, k, v, bias):
+  return attend(q, k, v, bias.swapaxes(1, 2))
+
+
+@pytest.mark.parametrize(
+  "kernel, what",
+  [
+    (without_bias, "output"),
+    (without_scale, "output"),
+    (transposed, "output"),
+    (without_bias_gradient, r"d\(bias\)"),
+    (bias_of_one_window, r"d\(bias\)"),
+  ],
+)
+def test_wrong_kernels_are_refused(kernel, what):
+  with pytest.raises(UserError, match=f"wrong {what} here.*attention=xla"):
+    attention_probe.probe(2, 16, 4, kernel)
+
+
+def test_cudnn_is_refused_where_it_cannot_run():
+  config = digits.get_config("debug,precision=bf16")
+  config.model.attention = "cudnn"
+  with pytest.raises(UserError, match="needs an NVIDIA GPU, not a cpu"):
+    program_lib.build(config)
+  with pytest.raises(UserError, match="does not run here.*attention=xla"):
+    attention_probe.probe(2, 16, 4)
+  config.model.dtype = "float32"
+  with pytest.raises(UserError, match="model.dtype=bfloat16"):
+    attention_probe.check_config(config, "gpu")
+
+
+def test_unknown_ways_to_compute_are_refused():
+  for field in ("attention", "remat"):
+    config = digits.get_config("debug")
+    config.model[field] = "foo"
+    with pytest.raises(UserError, match=f"model.{field}='foo': use one of"):
+      program_lib.build(config)

@@ -1,0 +1,206 @@
+"""Two real processes: the numbers of one, a signal, a death, and going on."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffit_jax.training import checkpoint
+from diffit_jax.training import program as program_lib
+import two_processes as driver
+
+
+def run_pair(workdir, data_dir, *fate) -> list[tuple[int, str]]:
+  """Two processes of the driver: (exit code, stderr) of each."""
+  common = [driver.__file__, str(workdir), data_dir]
+  where = [f"localhost:{driver.free_port()}", "2"]
+  done = driver.run_all([[*common, *where, str(i), *fate] for i in range(2)])
+  return [(code, err) for code, _, err in done]
+
+
+def notes(workdir, process=0) -> tuple[dict, dict]:
+  """({step: loss}, {step: samples of its batch}) of one process.
+
+  What was noted twice, before and after a death, must be the same.
+  """
+  losses, samples = {}, {}
+  path = pathlib.Path(workdir) / f"process_{process}.jsonl"
+  for line in path.read_text().splitlines():
+    note = json.loads(line)
+    if "loss" in note:
+      key, value, found = note["step"], note["loss"], losses
+    else:
+      key, value, found = note["batch"], note["index"], samples
+    assert found.setdefault(key, value) == value, (process, note)
+  return losses, samples
+
+
+def restored(workdir, devices):
+  """The newest checkpoint on the given devices of this one process."""
+  program = program_lib.build(driver.get_config(), devices)
+  checkpoints = checkpoint.Checkpoints(workdir)
+  try:
+    return program, checkpoints.restore(program.abstract)
+  finally:
+    checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def alone(data_dir, tmp_path_factory):
+  """The workdir of one process with eight devices."""
+  workdir = tmp_path_factory.mktemp("alone")
+  assert driver.train(workdir, data_dir, profile_steps=range(3, 5))
+  return workdir
+
+
+def test_a_trace_is_written_beside_the_run(alone):
+  (trace,) = (alone / "profile").rglob("*.xplane.pb")
+  assert trace.stat().st_size > 1000
+
+
+@pytest.fixture(scope="module")
+def pair(data_dir, tmp_path_factory):
+  """The workdir of two processes with four devices each, twice interrupted.
+
+  The first start ends by SIGTERM to one of them, the second by its death.
+  """
+  workdir = tmp_path_factory.mktemp("pair")
+  first = run_pair(workdir, data_dir, "term", "2")
+  assert [code for code, _ in first] == [75, 75], first
+  stopped = checkpoint.list_steps(workdir)
+  second = run_pair(workdir, data_dir, "kill", "6")
+  assert second[1][0] == -9 and second[0][0] not in (0, 75, None), second
+  killed = checkpoint.list_steps(workdir)
+  third = run_pair(workdir, data_dir)
+  assert [code for code, _ in third] == [0, 0], third
+  return workdir, stopped, killed, third
+
+
+def test_a_signal_to_one_stops_both_at_the_same_step(pair):
+  _, stopped, killed, third = pair
+  assert len(stopped) == 1 and 2 <= stopped[0] <= 4
+  assert killed[-1] in (4, 5, 6)
+  assert f"resuming at step {killed[-1]} of 8" in third[0][1]
+
+
+def test_a_normal_end_says_nothing_frightening(pair):
+  for _, err in pair[-1]:
+    for word in ("Traceback", "rror", "RNING", "Fatal"):
+      assert word not in err, err
+
+
+def test_two_processes_see_the_samples_of_one(alone, pair):
+  _, whole = notes(alone)
+  parts = [notes(pair[0], process)[1] for process in range(2)]
+  for step in range(8):
+    first, second = (set(part[step]) for part in parts)
+    assert len(first) == len(second) == 8 and not first & second
+    assert first | second == set(whole[step])
+
+
+def test_two_processes_give_the_losses_of_one(alone, pair):
+  losses, expected = notes(pair[0])[0], notes(alone)[0]
+  assert sorted(losses) == sorted(expected) == list(range(1, 9))
+  for step in expected:
+    np.testing.assert_allclose(losses[step], expected[step], rtol=1e-6)
+
+
+def test_two_processes_give_the_parameters_of_one(alone, pair):
+  """Read by one process, on 8, 2 and 1 devices."""
+  program, expected = restored(alone, jax.devices())
+  _, eight = restored(pair[0], jax.devices())
+  x = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
+  run = jax.jit(
+    lambda tree: program.model.apply({"params": tree}, x, jnp.zeros(4))
+  )
+  np.testing.assert_allclose(run(eight.params), run(expected.params), atol=1e-5)
+  jax.tree_util.tree_map_with_path(
+    lambda path, a, b: np.testing.assert_allclose(
+      without_gradient_free_rows(path, a),
+      without_gradient_free_rows(path, b),
+      atol=5e-5,
+    ),
+    eight.params,
+    expected.params,
+  )
+  for num in (2, 1):
+    _, fewer = restored(pair[0], jax.devices()[:num])
+    assert int(fewer.step) == 8
+    jax.tree.map(np.testing.assert_array_equal, fewer, eight)
+
+
+def without_gradient_free_rows(path, leaf):
+  """Drops what cancels in the softmax; see test_loop."""
+  names = [key.key for key in path]
+  leaf = np.array(leaf)
+  if names[-2] == "qkv_temb" or names[-2:] == ["qkv", "bias"]:
+    third = leaf.shape[-1] // 3
+    leaf[..., third : 2 * third] = 0
+  return leaf
+
+
+@pytest.mark.slow
+def test_the_death_of_all_changes_no_bit(pair, data_dir, tmp_path):
+  """SIGKILL to both while the checkpoint of step 4 is being written."""
+  killed = run_pair(tmp_path, data_dir, "kill_all", "5")
+  assert [code for code, _ in killed] == [-9, -9], killed
+  assert checkpoint.list_steps(tmp_path) in ([], [4])
+  again = run_pair(tmp_path, data_dir)
+  assert [code for code, _ in again] == [0, 0], again
+  notes(tmp_path)
+  _, one = restored(tmp_path, jax.devices()[:1])
+  _, other = restored(pair[0], jax.devices()[:1])
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_both(data_dir, tmp_path):
+  """It is alive, so that only its watchdog can tell."""
+  done = run_pair(tmp_path, data_dir, "hang", "3")
+  assert done[1][0] == 1 and "befall" in done[1][1], done
+  assert done[0][0] not in (0, 75), done
+
+
+@pytest.mark.slow
+def test_the_command_on_two_processes(data_dir, tmp_path):
+  """Through main: sample grids, metrics, traces, a cache with a torn entry."""
+  folder = tmp_path / "run"
+
+  def train(total_steps):
+    common = f"""-m diffit_jax.main --config=configs/digits.py:debug
+      --workdir={folder} --data_dir={data_dir} --num_processes=2
+      --config.total_steps={total_steps} --config.sample_every_steps=2
+      --profile_steps=3:5
+      --coordinator=localhost:{driver.free_port()}""".split()
+    done = driver.run_all(
+      [[*common, f"--process_id={i}"] for i in range(2)],
+      JAX_COMPILATION_CACHE_DIR=None,
+    )
+    assert [code for code, _, _ in done] == [0, 0], done
+    return done
+
+  train(2)
+  entries = list((folder / "compilation_cache").glob("*-cache"))
+  assert any("step" in path.name for path in entries)
+  newest = max(entries, key=lambda path: path.stat().st_mtime)
+  size = newest.stat().st_size
+  newest.write_bytes(newest.read_bytes()[: size // 2])
+  again = train(4)
+  assert "resuming at step 2 of 4" in again[0][2]
+  assert "which a kill had cut short" in again[0][2]
+  assert newest.stat().st_size > size // 2
+  assert "UserWarning" not in again[0][2]
+  assert "share_data_wait=" in again[0][2]
+  assert sorted(p.name for p in (folder / "samples").iterdir()) == [
+    "samples_edm_00000002.png",
+    "samples_edm_00000004.png",
+  ]
+  assert len(list((folder / "tensorboard").glob("events*"))) == 2
+  traces = list((folder / "profile").rglob("*.xplane.pb"))
+  assert {p.relative_to(folder / "profile").parts[0] for p in traces} == {
+    "process_0",
+    "process_1",
+  }
