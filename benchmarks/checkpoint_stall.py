@@ -3,11 +3,11 @@
   python benchmarks/checkpoint_stall.py [--config=digits] [--steps=400]
 
 Trains the full config in a folder of its own and saves every --save_every
-steps. The first interval compiles and is left out. "checkpoint" is everything
-that saving makes the loop wait for: the check for non-finite parameters, the
-checksums, the copy to the host, and the save before it; what the background
-thread takes from the steps' own speed is not in it. "data" is waiting for the
-next batch.
+steps. The first interval, with the step's and the checksums' compilation, is
+left out. "checkpoint" is everything that saving makes the loop wait for: the
+check for non-finite parameters, the checksums, the copy to the host, and the
+save before it; what the background thread takes from the steps' own speed is
+not in it. "data" is waiting for the next batch.
 """
 
 import importlib

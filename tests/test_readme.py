@@ -20,6 +20,7 @@ DEBUG = {
   r"(configs/\w+\.py)": r"\1:debug",
   r"--num=\d+": "--num=2",
   r"--resolution=(256|512)": "--resolution=32",
+  r"--topology=\S+": "--topology=cpu:4",
 }
 SKIPPED = ("python -m venv", "pip install", "export ", "#", "make ")
 
@@ -62,7 +63,7 @@ def folder(tmp_path_factory):
 
 def test_the_readme_names_every_entry_point():
   text = "\n".join(readme_commands())
-  for entry in ("prepare", "main", "sample", "export"):
+  for entry in ("prepare", "main", "sample", "export", "plan"):
     assert f"python -m diffit_jax.{entry} " in text
 
 

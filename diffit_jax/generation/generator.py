@@ -67,6 +67,8 @@ def make_generator(
     codec, float32 latents as the VAE gives them (unscaled).
   """
   options = SamplerOptions.from_config(config)
+  if mesh.devices.flat[0].platform != "gpu":
+    model = model.clone(attention="xla")  # wherever it was trained
   is_edm = config["diffusion"]["kind"] == "edm"
   side, channels = config["data"]["resolution"], model.channels
 

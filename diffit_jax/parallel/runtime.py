@@ -20,9 +20,11 @@ from etils import epath
 import jax
 from jax._src import compilation_cache
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax.errors import UserError
+from diffit_jax.parallel import mesh as mesh_lib
 from diffit_jax.parallel.cluster import Cluster, detect, has_tpu
 
 __all__ = [
@@ -80,6 +82,7 @@ def joined(
   if not is_first():
     logging.set_verbosity(logging.WARNING)  # process 0 speaks for all
   try:
+    _connect_devices()
     yield
   except Exception as error:
     if not isinstance(error, UserError):
@@ -120,6 +123,18 @@ def _initialize(cluster: Cluster, timeout: int, heartbeat_timeout: int) -> None:
       f" seconds ({_first_line(error)}): are all processes started, and is the"
       f" coordinator's port open{hint}?"
     ) from error
+
+
+def _connect_devices() -> None:
+  """Lets all devices meet once, while all processes are here.
+
+  The CPUs' Gloo gives them 30 seconds to, and after a compilation, some of
+  which come from a cache, the processes may be further apart.
+  """
+  devices = mesh_lib.make_mesh()
+  ones = np.ones(devices.size, np.float32)
+  ones = mesh_lib.place(ones, mesh_lib.batch_sharding(devices))
+  jax.block_until_ready(jax.jit(jnp.sum)(ones))
 
 
 def _within(seconds: float, call: Callable[[], object]) -> None:

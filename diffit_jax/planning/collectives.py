@@ -12,6 +12,10 @@ Each chip sends, over a ring of n chips, for an operand of B bytes on each
 An asynchronous collective stands in the text up to a dozen times, once in every
 fusion that it runs beside; all of them have the same channel, which counts once
 for every run of the loop body that holds it.
+
+Between slices libtpu's program reduces within each slice first, and then sends
+every chip's part over the data-center network, as `send` to the "megascale"
+runtime; that counts as a collective of one chip per slice.
 """
 
 from collections.abc import Iterator
@@ -52,8 +56,9 @@ class Collective:
 
   @property
   def wire_bytes(self) -> float:
-    """Bytes that each chip sends in one step."""
-    return self.runs * ring_bytes(self.kind, self.num_bytes, self.group_size)
+    """Bytes that each chip sends to chips of its slice in one step."""
+    per_slice = self.group_size // self.num_slices
+    return self.runs * ring_bytes(self.kind, self.num_bytes, per_slice)
 
   @property
   def dcn_bytes(self) -> float:
@@ -61,8 +66,6 @@ class Collective:
 
     As if the chips of a slice reduced first, and each then sent its part.
     """
-    if self.num_slices == 1:
-      return 0.0
     per_slice = self.group_size // self.num_slices
     part = self.num_bytes / (1 if self.kind == "all-gather" else per_slice)
     return self.runs * ring_bytes(self.kind, part, self.num_slices)
@@ -97,18 +100,14 @@ def find(
     if not times:
       continue
     lines = module.computations[computation]
-    kind = line.opcode.removesuffix("-start")
     operands = [lines[name] for name in line.operands if name in lines]
-    groups = _groups(line, num_chips)
-    slices = groups // max(num_chips // num_slices, 1)
     collective = Collective(
-      kind=kind,
-      runs=times,
-      num_bytes=sum(a.num_bytes for o in operands for a in o.arrays),
-      group_size=groups.shape[1],
-      num_slices=max(len(set(row)) for row in slices.tolist()),
+      _kind(line),
+      times,
+      sum(array.num_bytes for each in operands for array in each.arrays),
+      *_extent(line, num_chips, num_slices),
     )
-    key = (kind, line.attribute("channel_id") or line.name)
+    key = (collective.kind, line.attribute("channel_id") or line.name)
     if key not in found or found[key].runs < times:
       found[key] = collective
   return list(found.values())
@@ -118,8 +117,28 @@ def instructions(module: hlo.Module) -> Iterator[tuple[str, hlo.Instruction]]:
   """(computation, instruction) of all collectives in the text."""
   for name, computation in module.computations.items():
     for line in computation.values():
-      if line.opcode.removesuffix("-start") in KINDS:
+      if _kind(line) in KINDS:
         yield name, line
+
+
+def _kind(line: hlo.Instruction) -> str:
+  """Of KINDS, for a collective."""
+  if line.opcode == "send":
+    sent = re.search(r'_megascale_transfer_type="(\w+)"', line.attributes)
+    kind = sent.group(1).lower().replace("_", "-") if sent else "send"
+    return "collective-permute" if kind == "one-to-one" else kind
+  return line.opcode.removesuffix("-start")
+
+
+def _extent(
+  line: hlo.Instruction, num_chips: int, num_slices: int
+) -> tuple[int, int]:
+  """(chips that take part together, slices that they lie in)."""
+  if line.opcode == "send":
+    return num_slices, num_slices
+  groups = _groups(line, num_chips)
+  slices = groups // max(num_chips // num_slices, 1)
+  return groups.shape[1], max(len(set(row)) for row in slices.tolist())
 
 
 def count(found: list[Collective]) -> dict[str, int]:

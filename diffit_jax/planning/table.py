@@ -25,8 +25,8 @@ def to_table(card: dict) -> str:
     low, high = card["hbm_traffic_gb"]
     lines += [
       "",
-      f"Ranges: two counts of the memory traffic differ, here by {high / low:.1f}"
-      " times, and a",
+      "Ranges: two counts of the memory traffic differ, here by"
+      f" {high / low:.1f} times, and a",
       "collective uses one link of a chip or all. All is overlapped perfectly,",
       "so a real step is slower than the better end.",
     ]

@@ -7,7 +7,8 @@ The compiler keeps part of its arrays in the fast memory on the chip, and says
 so in the text. `touched` counts them as XLA's own cost analysis does, and so is
 too high for HBM; `hbm` believes the text, counts an array that is moved to the
 chip ahead of its use once, as the move, and is the better guess. The two differ
-by a factor of 2 to 4. Neither knows of padding to tiles or of lost bandwidth.
+most often by a factor of 2 to 4. Neither knows of padding to tiles or of lost
+bandwidth.
 
 A fused slice of a larger array counts as the slice, and an update in place as
 the update. Loops count as often as they run, which XLA's cost analysis omits.

@@ -53,6 +53,15 @@ def make(loaded, mesh=None):
   )
 
 
+def test_weights_trained_with_cudnn_attention_sample_without_a_gpu(loaded):
+  index, labels = np.arange(2), np.arange(2)
+  expected = make(loaded)(index, labels)
+  model = models.make_model(loaded.config.model).clone(attention="cudnn")
+  run = generator.make_generator(model, loaded.config, one_device())
+  found = run(loaded.params, 0, np.uint32(index), np.int32(labels))
+  np.testing.assert_array_equal(found, expected)
+
+
 def assert_close(a, b):
   """Rounding before the cut to uint8 can move a value by one."""
   assert a.dtype == b.dtype == np.uint8

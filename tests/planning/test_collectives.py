@@ -81,8 +81,23 @@ def test_what_crosses_slices():
   assert slices == {"all-gather": 1, "all-reduce": 2, "collective-permute": 1}
   dcn = {each.kind: each.dcn_bytes for each in found}
   assert dcn["all-gather"] == 0
-  # 4 chips of a slice hold a quarter each, and exchange it with 1 other slice.
+  # 4 chips of a slice reduce, and exchange a quarter each with 1 other slice.
   assert dcn["all-reduce"] == 2 * (1 / 2) * 4096 / 4
+  wire = {each.kind: each.wire_bytes for each in found}
+  assert wire["all-reduce"] == 2 * (3 / 4) * 4096
+
+
+def test_what_libtpu_sends_between_slices():
+  text = TEXT.replace(
+    "  %cp =",
+    "  %send = (f32[1000]{0}, u32[], token[]) send(%g, %a), channel_id=12,"
+    " is_host_transfer=true, frontend_attributes={_xla_megascale_target="
+    '"{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}\n  %cp =',
+  )
+  found = collectives.find(hlo.parse(text), num_chips=8, num_slices=2)
+  assert collectives.count(found)["all-reduce"] == 2
+  (sent,) = [c for c in found if c.num_slices == 2 and c.num_bytes == 4000]
+  assert (sent.dcn_bytes, sent.wire_bytes) == (2 * (1 / 2) * 4000, 0)
 
 
 @pytest.mark.parametrize(

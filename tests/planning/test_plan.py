@@ -144,7 +144,8 @@ def test_what_does_not_fit_and_by_how_much():
 
 def test_tensorflow_is_never_imported():
   code = (
-    "import sys; from diffit_jax.planning import planner, remedy, report, search, table;"
+    "import sys;"
+    " from diffit_jax.planning import planner, remedy, report, search, table;"
     " print('tensorflow' in sys.modules)"
   )
   out = subprocess.run(

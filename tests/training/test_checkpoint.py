@@ -26,6 +26,11 @@ from diffit_jax.parallel.mesh import make_mesh
 from diffit_jax.training import checkpoint, loop, program
 from diffit_jax.training.state import TrainState
 
+# Orbax drops its other reads when one of them fails, which warn as they go.
+pytestmark = pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
 
 def state_at(step: int, mesh) -> TrainState:
   """A small state whose every array depends on the step."""
@@ -136,7 +141,6 @@ def flip(path: pathlib.Path, position: float) -> None:
   path.write_bytes(content)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_flipped_byte_goes_unseen(copy, caplog):
   """One byte of each file: the state is 2 to the bit, or 1 and a warning."""
   newest, kept = copy / "checkpoints" / "2", copy / "kept"

@@ -157,11 +157,17 @@ def test_the_death_of_all_changes_no_bit(pair, data_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_ends_both(data_dir, tmp_path):
-  """It is alive, so that only its watchdog can tell."""
-  done = run_pair(tmp_path, data_dir, "hang", "3")
-  assert done[1][0] == 1 and "befall" in done[1][1], done
-  assert done[0][0] not in (0, 75), done
+@pytest.mark.parametrize(
+  "fate, message",
+  [("hang", "befall"), ("fail", "process 1: the disk of this host is gone")],
+)
+def test_a_process_that_hangs_or_fails_ends_both(
+  fate, message, data_dir, tmp_path
+):
+  """One that hangs is alive, so that only its watchdog can tell."""
+  done = run_pair(tmp_path, data_dir, fate, "3")
+  assert message in done[1][1], done
+  assert all(code not in (0, 75) for code, _ in done), done
 
 
 @pytest.mark.slow
