@@ -143,6 +143,48 @@ def require_one_of(**values: str | None) -> None:
     raise UserError(f"give {'exactly one of ' * (len(values) > 1)}{names}")
 
 
+def require_local(path: str) -> None:
+  """Refuses an --out that is the address of a bucket."""
+  if "://" in path:
+    raise UserError(
+      f"--out={path} is no local path: write to this machine's disk, then copy"
+      " it there"
+    )
+
+
+def require_one_process() -> None:
+  """Refuses to be one of several processes; wakes no device."""
+  from diffit_jax.parallel import cluster
+
+  found = cluster.detect(None, None, None, os.environ, cluster.has_tpu())
+  num = _num_tpu_hosts() if found.kind == "tpu" else found.num_processes or 1
+  if num == 1:
+    return
+  hint = (
+    "one with a TPU of its own, or with JAX_PLATFORMS=cpu"
+    if found.kind == "tpu"
+    else "as with srun --nodes=1 --ntasks=1"
+  )
+  raise UserError(
+    f"this command is one process, and {found.kind} starts {num} here, which"
+    f" would write the same files: start it once, on one host, {hint}"
+  )
+
+
+def _num_tpu_hosts() -> int:
+  """What JAX would join; 1 where its surroundings do not say."""
+  from jax._src.clusters import cloud_tpu_cluster as jax_clusters
+
+  for cluster in (jax_clusters.GkeTpuCluster, jax_clusters.GceTpuCluster):
+    try:
+      if cluster.is_env_present():
+        num_slices = int(os.environ.get("MEGASCALE_NUM_SLICES") or 1)
+        return num_slices * len(cluster._get_worker_list_in_slice())
+    except OSError:  # no metadata server: not Google's cloud
+      pass
+  return 1
+
+
 @dataclasses.dataclass(frozen=True)
 class RuntimeFlags:
   """The flags that tell a process of which run it is a part."""

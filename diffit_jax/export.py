@@ -38,6 +38,8 @@ _EMA = flags.DEFINE_string(
 def main() -> int:
   cli.require_one_of(workdir=_WORKDIR.value, checkpoint=_CHECKPOINT.value)
   cli.require_one_of(out=_OUT.value)
+  cli.require_local(_OUT.value)
+  cli.require_one_process()
   from diffit_jax.generation import weights
   from diffit_jax.interop import files
   from diffit_jax.parallel.mesh import make_mesh

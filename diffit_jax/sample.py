@@ -38,6 +38,8 @@ _SAMPLING = cli.define_sampling_flags()
 def main() -> int:
   cli.require_one_of(workdir=_WORKDIR.value, checkpoint=_CHECKPOINT.value)
   cli.require_one_of(out=_OUT.value)
+  cli.require_local(_OUT.value)
+  cli.require_one_process()
   config = cli.required_config(_CONFIG) if _CONFIG.value is not None else None
   if config is not None and _WORKDIR.value:
     raise UserError("--config goes with --checkpoint: a workdir has its own")

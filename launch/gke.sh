@@ -13,6 +13,7 @@
 # DRY_RUN=1 prints the filled-in file and applies nothing.
 set -euo pipefail
 
+: "${1:?needs the arguments of diffit_jax.main, as --config=FILE}"
 IMAGE=${IMAGE:?image with this repository as its working folder, installed}
 NAME=${NAME:-diffit}
 HOSTS=${HOSTS:-4}                       # of the slice

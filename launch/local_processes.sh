@@ -45,12 +45,11 @@ done
 
 result=0
 for child in "${children[@]}"; do
-  code=0
-  wait "$child" || code=$?
-  while kill -0 "$child" 2>/dev/null; do  # a signal ended the waiting, not it
-    code=0
-    wait "$child" || code=$?
+  while kill -0 "$child" 2>/dev/null; do  # signals end the waiting, not it
+    wait "$child" || true
   done
+  code=0
+  wait "$child" || code=$?  # it has ended: what with, the shell remembers
   ((code <= result)) || result=$code
 done
 exit "$result"

@@ -41,12 +41,11 @@ while true; do
   "${command[@]}" &
   child=$!
   ((stopped == 0)) || kill -TERM "$child"
-  code=0
-  wait "$child" || code=$?
-  while kill -0 "$child" 2>/dev/null; do  # a signal ended the waiting, not it
-    code=0
-    wait "$child" || code=$?
+  while kill -0 "$child" 2>/dev/null; do  # signals end the waiting, not it
+    wait "$child" || true
   done
+  code=0
+  wait "$child" || code=$?  # it has ended: what with, the shell remembers
   ((code != 0 && stopped == 0)) || exit "$code"
   ((code != 75 && SECONDS - begin < 3600)) || crashes=0
   if ((code != 75)); then

@@ -18,7 +18,7 @@ TIER=${TIER:---spot}                                # --reserved, --guaranteed
 REPOSITORY=${REPOSITORY:-https://github.com/OWNER/diffit_jax}
 DATA=${DATA:?gs:// folder of prepared data sets, copied to each host}
 POLL_SECONDS=${POLL_SECONDS:-60}
-MAX_CRASHES=${MAX_CRASHES:-3}                       # while the slice is there
+MAX_CRASHES=${MAX_CRASHES:-3}  # in a row; an hour's work begins a new row
 DRY_RUN=${DRY_RUN:-0}
 
 run() {
@@ -30,22 +30,29 @@ slice() {  # slice VERB [FLAGS]
 remote="[ -d diffit_jax ] || git clone -q '$REPOSITORY' diffit_jax;"
 remote+=" DATA='$DATA' diffit_jax/launch/tpu_host.sh $(printf '%q ' "$@")"
 
+said=$(mktemp)
+trap 'rm -f "$said"' EXIT
+format="value(state.state)"
 crashes=0
 while true; do
-  state=""
-  if [[ $DRY_RUN == 0 ]]; then
-    state=$(slice describe --format="value(state.state)" 2>/dev/null) || true
+  state=NOT_FOUND
+  if [[ $DRY_RUN == 0 ]] &&
+    ! state=$(slice describe --format="$format" 2>"$said"); then
+    state=$(grep -o -m 1 NOT_FOUND "$said") || cat "$said" >&2  # ask again
   fi
   case $state in
-    "") slice create --node-id="$NAME" --accelerator-type="$ACCELERATOR_TYPE" \
-      --runtime-version="$RUNTIME_VERSION" "$TIER" ;;
+    NOT_FOUND) slice create --node-id="$NAME" "$TIER" \
+      --accelerator-type="$ACCELERATOR_TYPE" \
+      --runtime-version="$RUNTIME_VERSION" ;;
     SUSPENDED) crashes=0 && slice delete --force --quiet && continue ;;
     FAILED) slice describe && exit 1 ;;
   esac
   if [[ $state == ACTIVE || $DRY_RUN != 0 ]]; then
+    begin=$SECONDS
     code=0
     slice ssh --node=all --worker=all --command="$remote" || code=$?
     [[ $code != 0 ]] || { slice delete --force --quiet && exit; }
+    ((SECONDS - begin < 3600)) || crashes=0
     ((++crashes <= MAX_CRASHES)) || exit "$code"
   fi
   sleep "$POLL_SECONDS"

@@ -15,6 +15,8 @@ import pytest
 
 import commands
 from configs import digits
+from diffit_jax import cli
+from diffit_jax.errors import UserError
 
 DEBUG = "--config=configs/digits.py:debug"
 
@@ -179,6 +181,8 @@ def test_sigterm_saves_and_asks_to_be_started_again(tmp_path, data_dir):
     ("sample --checkpoint=no.safetensors --out=x", "is not a file"),
     ("sample --checkpoint=a --out=x --num=0", "num"),
     ("export --workdir=nowhere --out=a.safetensors", "holds no run"),
+    ("sample --workdir=x --out=gs://b/x", "--out=gs://b/x is no local path"),
+    ("export --workdir=x --out=gs://b/x", "--out=gs://b/x is no local path"),
   ],
 )
 def test_wrong_input_ends_in_one_clear_line(command, message, tmp_path):
@@ -187,6 +191,32 @@ def test_wrong_input_ends_in_one_clear_line(command, message, tmp_path):
   line = commands.last_error(command, cwd=tmp_path, PYTHONPATH=commands.ROOT)
   assert re.search(message, line), line
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["sample", "export"])
+def test_several_tasks_of_slurm_are_refused(command, tmp_path):
+  step = {"NUM_TASKS": "2", "NODELIST": "n[1-2]", "ID": "0"}
+  line = commands.last_error(
+    f"{command} --workdir=x --out={tmp_path}/x",
+    SLURM_JOB_ID="1",
+    SLURM_PROCID="0",
+    **{f"SLURM_STEP_{key}": value for key, value in step.items()},
+  )
+  assert "slurm starts 2 here" in line and "start it once, on one host" in line
+
+
+def test_several_hosts_of_a_tpu_are_refused(monkeypatch):
+  from jax._src import cloud_tpu_init
+  from jax._src.clusters import cloud_tpu_cluster
+
+  for module in (cloud_tpu_init, cloud_tpu_cluster):
+    monkeypatch.setattr(module, "running_in_cloud_tpu_vm", True)
+  monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+  monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+  cli.require_one_process()
+  monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b,c,d")
+  with pytest.raises(UserError, match="tpu starts 4 here.* once, on one host"):
+    cli.require_one_process()
 
 
 def test_wrong_sampling_input(workdir, tmp_path):

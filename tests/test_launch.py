@@ -30,6 +30,13 @@ rmdir "$CODES.lock"
 [[ $code != wait ]] || while true; do sleep 0.05; done
 exit "$code"
 """
+# Passes SIGTERM on, and takes its time; local_processes.sh more of it.
+SLOW_KILL = """
+kill() {
+  builtin kill "$@" || return
+  [[ $1 != -TERM ]] || case $0 in *local*) sleep 2 ;; *) sleep 0.5 ;; esac
+}
+"""
 # Slurm's srun: its tasks run here, with the variables that Slurm gives them.
 SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do
@@ -157,8 +164,8 @@ def test_dry_run_of_a_tpu_slice_prints_its_life(stubs):
   create, ssh, delete = [shlex.split(line) for line in lines]
   assert create == [
     *("queued-resources", "create", "diffit", "--zone=us-west4-a"),
-    *("--node-id=diffit", "--accelerator-type=v5litepod-16"),
-    *("--runtime-version=v2-alpha-tpuv5-lite", "--spot"),
+    *("--node-id=diffit", "--spot", "--accelerator-type=v5litepod-16"),
+    "--runtime-version=v2-alpha-tpuv5-lite",
   ]
   assert ssh[1] == "ssh" and {"--node=all", "--worker=all"} <= set(ssh)
   remote = shlex.split(ssh[-1].removeprefix("--command="))
@@ -221,6 +228,11 @@ def test_dry_run_of_gke_prints_the_filled_in_jobset(stubs):
   assert pod["containers"][0]["args"] == ARGUMENTS
 
 
+def test_gke_without_arguments_says_so(stubs):
+  done = _run("gke.sh", **stubs, DRY_RUN=1)
+  assert done.returncode != 0 and "needs the arguments" in done.stderr
+
+
 @pytest.mark.parametrize(
   "codes, starts, result",
   [
@@ -238,8 +250,14 @@ def test_a_machine_starts_again_until_done(stubs, codes, starts, result):
   assert _started(stubs) == ["python -m diffit_jax.main --config=x"] * starts
 
 
+@pytest.mark.parametrize("is_slow", [False, True])
 @pytest.mark.parametrize("script, num", [("single", 1), ("local", 2)])
-def test_sigterm_goes_on_to_the_program_and_ends_the_script(stubs, script, num):
+def test_sigterm_goes_on_to_the_program_and_ends_the_script(
+  stubs, tmp_path, script, num, is_slow
+):
+  if is_slow:  # the program has ended before the script looks after it
+    _write(tmp_path / "slow.sh", SLOW_KILL)
+    stubs |= {"BASH_ENV": str(tmp_path / "slow.sh")}
   _give_codes(stubs, "wait", "wait")
   name = {"single": "single_host.sh", "local": "local_processes.sh"}[script]
   process = subprocess.Popen(["bash", LAUNCH / name], env=stubs)
@@ -269,9 +287,12 @@ def test_slurm_starts_a_crashed_step_again_but_not_for_ever(stubs):
   assert "crash 4 of this job" in done.stderr
 
 
+NOT_FOUND = "ERROR: (gcloud.describe) NOT_FOUND: no such resource"
+
+
 def _answer(stubs, *answers):
-  """gcloud: each call gives the next (printed text, exit code)."""
-  lines = [f"{index}) echo '{text}'; exit {code} ;;"
+  """gcloud: each call gives the next (text, exit code); errors on stderr."""
+  lines = [f"{index}) echo '{text}' >&{1 + (code != 0)}; exit {code} ;;"
            for index, (text, code) in enumerate(answers)]  # fmt: skip
   _write(
     pathlib.Path(stubs["PATH"].split(":")[0], "gcloud"),
@@ -285,14 +306,15 @@ def _answer(stubs, *answers):
 def test_a_preempted_slice_is_asked_for_again(stubs):
   _answer(
     stubs,
-    ("", 1),  # describe: there is none
+    (NOT_FOUND, 1),  # describe
     ("", 0),  # create
     ("PROVISIONING", 0),
+    ("ERROR: (gcloud) UNAVAILABLE", 1),  # describe: not to be made again
     ("ACTIVE", 0),
     ("", 255),  # ssh: the connection is lost
     ("SUSPENDED", 0),
     ("", 0),  # delete
-    ("", 1),
+    (NOT_FOUND, 1),
     ("", 0),  # create
     ("ACTIVE", 0),
     ("", 0),  # ssh: done
@@ -302,6 +324,17 @@ def test_a_preempted_slice_is_asked_for_again(stubs):
   assert done.returncode == 0, done.stderr
   states = [verb for verb in _started(stubs) if verb != "describe"]
   assert states == ["create", "ssh", "delete", "create", "ssh", "delete"]
+  assert "UNAVAILABLE" in done.stderr and "NOT_FOUND" not in done.stderr
+
+
+def test_an_hour_on_the_slice_begins_a_new_row_of_crashes(stubs, tmp_path):
+  path = tmp_path / "bash_env.sh"  # a poll takes an hour, a connection as well
+  hour = "SECONDS=$((SECONDS + 3600))"
+  path.write_text(f'gcloud() {{ {hour}; command gcloud "$@"; }}')
+  _answer(stubs, *[("ACTIVE", 0), ("", 1)] * 4, ("ACTIVE", 0), ("", 0), ("", 0))
+  done = _run("tpu_pod.sh", **stubs, BASH_ENV=path)
+  assert done.returncode == 0, done.stderr
+  assert _started(stubs)[-3:] == ["describe", "ssh", "delete"]
 
 
 def test_a_slice_on_which_the_program_fails_is_given_up(stubs):

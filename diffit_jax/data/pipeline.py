@@ -23,6 +23,7 @@ from diffit_jax.data.dataset import (
   check_matches,
   open_dataset,
 )
+from diffit_jax.data.records import damage
 from diffit_jax.errors import UserError
 
 __all__ = [
@@ -154,7 +155,10 @@ def _decoder(
 
 
 def _read_image(dataset: Dataset, record: dict[str, Any], mirrored: bool):
-  image = transforms.decode(record["image"], dataset.image_shape[-1])
+  try:
+    image = transforms.decode(record["image"], dataset.image_shape[-1])
+  except transforms.UNREADABLE as error:
+    raise damage(dataset.directory, error) from error
   if image.shape != dataset.image_shape:
     raise UserError(
       f"an image of the data set has shape {image.shape}, not"

@@ -32,6 +32,15 @@ def image_decoders(feature: Any) -> dict[str, Any] | None:
   return {"image": tfds.decode.SkipDecoding()}
 
 
+def damage(directory: str | os.PathLike, error: Exception) -> UserError:
+  """What to raise where reading a data set ended in `error`."""
+  return UserError(
+    f"data set {directory} is damaged"
+    f" ({(str(error).splitlines() or [''])[0][:200]}); remake it with the"
+    " command that made it and --overwrite"
+  )
+
+
 class Records(Sequence):
   """The records of a split, cut down to some keys and "label".
 
@@ -91,11 +100,7 @@ class Records(Sequence):
     try:
       yield
     except Exception as error:  # ArrayRecord and TFDS have no class for damage
-      raise UserError(
-        f"data set {self._directory} is damaged"
-        f" ({(str(error).splitlines() or [''])[0][:200]}); remake it with the"
-        " command that made it and --overwrite"
-      ) from error
+      raise damage(self._directory, error) from error
 
 
 def _reader(feature: Any) -> Callable[[bytes], Any] | None:

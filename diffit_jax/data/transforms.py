@@ -51,13 +51,7 @@ def open_image(data: bytes | np.ndarray, channels: int = 3) -> Image.Image:
   Raises:
     One of `UNREADABLE`: no such image, damaged, or above `MAX_PIXELS`.
   """
-  try:
-    if isinstance(data, np.ndarray):
-      image = as_image(data)
-    else:
-      image = Image.open(io.BytesIO(data), formats=FORMATS)
-  except UnidentifiedImageError:
-    raise ValueError("no PNG, JPEG or WebP image") from None
+  image = as_image(data) if isinstance(data, np.ndarray) else _open(data)
   if image.width * image.height > MAX_PIXELS:
     raise ValueError(f"{image.width}x{image.height} pixels are too many")
   image.load()
@@ -77,9 +71,15 @@ def decode(data: bytes | np.ndarray, channels: int) -> np.ndarray:
   """
   if isinstance(data, np.ndarray):
     return data
-  image = Image.open(io.BytesIO(data), formats=FORMATS)
-  image = image.convert("RGB" if channels == 3 else "L")
+  image = _open(data).convert("RGB" if channels == 3 else "L")
   return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+def _open(data: bytes) -> Image.Image:
+  try:
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+  except UnidentifiedImageError:
+    raise ValueError("no PNG, JPEG or WebP image") from None
 
 
 def encode_png(image: Image.Image | np.ndarray) -> bytes:

@@ -67,8 +67,7 @@ def make_generator(
     codec, float32 latents as the VAE gives them (unscaled).
   """
   options = SamplerOptions.from_config(config)
-  if mesh.devices.flat[0].platform != "gpu":
-    model = model.clone(attention="xla")  # wherever it was trained
+  model = model.clone(attention="xla")  # cuDNN's is probed for training only
   is_edm = config["diffusion"]["kind"] == "edm"
   side, channels = config["data"]["resolution"], model.channels
 
@@ -228,11 +227,12 @@ def make_grid_sampler(
   if config["diffusion"]["kind"] == "adm" and codec is None:
     return None
   generate = make_generator(model, config, mesh, codec)
+  gather = jax.jit(lambda params: params, out_shardings=replicated(mesh))
   wanted = config["sampler"]["num_grid"]
   num = -(-wanted // mesh.size) * mesh.size  # whole rows on every device
   index = np.arange(num, dtype=np.uint32)
   labels = (index % max(model.num_classes, 1)).astype(np.int32)
-  return lambda params: generate(params, 0, index, labels)[:wanted]
+  return lambda params: generate(gather(params), 0, index, labels)[:wanted]
 
 
 def check_guidance(config: Mapping, scale: float) -> None:

@@ -5,7 +5,6 @@ import json
 import os
 
 from absl import logging
-from etils import epath
 import jax
 from jax.sharding import Mesh
 from ml_collections import config_dict
@@ -41,7 +40,9 @@ class Weights:
 
 def read_config(workdir: str | os.PathLike) -> config_dict.ConfigDict:
   """The resolved config that the run in `workdir` wrote."""
-  path = epath.Path(workdir) / "config.json"
+  from diffit_jax.training.workdir import path_of
+
+  path = path_of(workdir) / "config.json"
   if not path.is_file():
     raise UserError(
       f"{workdir} holds no run ({path} is missing): train one with python -m"

@@ -139,7 +139,8 @@ def write_weights(
 
 def parameter_shapes(config: Mapping) -> dict:
   """Abstract parameters of a config's network."""
-  model, side = models.make_model(config["model"]), config["data"]["resolution"]
+  model = models.make_model(config["model"]).clone(attention="xla")
+  side = config["data"]["resolution"]
   x = jax.ShapeDtypeStruct((1, side, side, model.channels), "float32")
   time = jax.ShapeDtypeStruct((1,), "float32")
   key = jax.eval_shape(lambda: jax.random.key(0))

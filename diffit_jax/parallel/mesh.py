@@ -59,16 +59,23 @@ def make_mesh(
 
 def _arrange(devices: Sequence[jax.Device], data: int, fsdp: int) -> np.ndarray:
   """The devices as [data, fsdp], following the network's shape."""
-  slices = {getattr(device, "slice_index", 0) for device in devices}
+  slices = {0}
+  if devices[0].platform == "tpu":  # a host of GPUs calls itself a slice, too
+    slices = {getattr(device, "slice_index", 0) for device in devices}
   if len(slices) == 1:
-    return mesh_utils.create_device_mesh((data, fsdp), devices)
+    return mesh_utils.create_device_mesh(
+      (data, fsdp), devices, allow_split_physical_axes=True
+    )
   if data % len(slices):
     raise UserError(
       f"mesh.fsdp={fsdp} spans several of the {len(slices)} slices of"
       f" {len(devices) // len(slices)} devices: use a divisor of that"
     )
   return mesh_utils.create_hybrid_device_mesh(
-    (data // len(slices), fsdp), (len(slices), 1), devices
+    (data // len(slices), fsdp),
+    (len(slices), 1),
+    devices,
+    allow_split_physical_axes=True,
   )
 
 

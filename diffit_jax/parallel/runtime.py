@@ -227,6 +227,27 @@ def _gather_text(text: str) -> list[str]:
   ]
 
 
+def check_same(what: str, text: str) -> None:
+  """Refuses processes whose `text` differs from process 0's.
+
+  Args:
+    what: the text describes, as "config".
+    text: of this process.
+
+  Raises:
+    UserError: in all processes, naming the first that differs.
+  """
+  if jax.process_count() == 1:
+    return
+  texts = _gather_text(text)
+  for i, other in enumerate(texts):
+    if other != texts[0]:
+      raise UserError(
+        f"process {i} has another {what} than process 0: start all with the"
+        " same command, config files and data sets"
+      )
+
+
 def check_shared(folder: str | os.PathLike) -> None:
   """Refuses a folder in which a process does not see process 0's files.
 

@@ -95,17 +95,19 @@ def gather(mesh: Mesh, dtype: jnp.dtype | None = None) -> Callable:
 
   Args:
     mesh: their devices.
-    dtype: kernels and biases are cast to it before they travel, which is half
-      the bytes in bfloat16; None leaves all as they are.
+    dtype: kernels and their biases are cast to it before they travel, which is
+      half the bytes in bfloat16; None leaves all as they are.
   """
   whole = NamedSharding(mesh, PartitionSpec())
 
-  def gather_one(path, leaf):
-    if dtype is not None and path[-1].key in ("kernel", "bias"):
-      leaf = leaf.astype(dtype)
-    return jax.lax.with_sharding_constraint(leaf, whole)
+  def gather_tree(tree):
+    if not isinstance(tree, Mapping):
+      return jax.lax.with_sharding_constraint(tree, whole)
+    is_linear = dtype is not None and "kernel" in tree
+    cast = lambda leaf: leaf.astype(dtype) if is_linear else leaf
+    return {name: gather_tree(cast(value)) for name, value in tree.items()}
 
-  return lambda params: jax.tree_util.tree_map_with_path(gather_one, params)
+  return gather_tree
 
 
 def gather_outside_blocks(mesh: Mesh, params: Mapping) -> dict:

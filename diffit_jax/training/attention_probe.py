@@ -43,9 +43,13 @@ def probe_config(config: config_dict.ConfigDict) -> None:
     return
   if model.name == "latent_diffit":
     side = model.input_size // model.patch_size
-    probe(model.num_heads, model.hidden_dim // model.num_heads, min(side, 16))
-  else:
-    probe(2, model.head_dim, min(model.window_size or 8, 16))
+    probe(model.num_heads, model.hidden_dim // model.num_heads, side)
+    return
+  side = config.data.resolution
+  for factor in model.channel_mult:
+    heads = model.base_channels * factor // model.head_dim
+    probe(heads, model.head_dim, min(model.window_size or side, side))
+    side //= 2
 
 
 def probe(

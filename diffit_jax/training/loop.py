@@ -7,6 +7,7 @@ which batch comes next.
 
 from collections.abc import Callable
 import contextlib
+import json
 import os
 
 from absl import logging
@@ -69,11 +70,30 @@ def train(
     True once total_steps are done and saved, False where SIGTERM came first;
     then the current step is saved, and the same call goes on from it.
   """
+  with StopRequest(runtime.preemption_notice()) as stop:
+    run = _start(config, directory, data_dir, make_sampler, devices, vae)
+    try:
+      run.profile = timing.Profile(
+        profile_steps, run.directory / "profile", run.watchdog.patient
+      )
+      return run.loop(stop)
+    except UserError as error:
+      runtime.tell(error)  # closing waits for the other processes
+      raise
+    finally:
+      with run.watchdog, contextlib.closing(run.snapshots):
+        run.checkpoints.close()
+
+
+def _start(config, directory, data_dir, make_sampler, devices, vae) -> "_Run":
+  """Checks all that can be wrong, claims the workdir, and restores."""
+  runtime.check_same("config", config.to_json_best_effort())
   program = program_lib.build(config, devices)
   runtime.together(lambda: attention_probe.probe_config(config))
   directory = workdir.path_of(directory)
   codec, dataset = runtime.together(lambda: _open(config, data_dir, vae))
   identity = source.identity(dataset)
+  runtime.check_same("data set", json.dumps(identity, sort_keys=True))
   runtime.check_shared(directory)
   runtime.from_first(lambda: workdir.check(directory, config, identity))
   initial = None
@@ -90,20 +110,15 @@ def train(
     best_by=config.keep_best_by,
   )
   snapshots = Snapshots(directory, config)
-  with StopRequest(runtime.preemption_notice()) as stop:
-    try:
-      run = _Run(config, directory, program, checkpoints, snapshots, initial)
-      run.use_codec(codec, make_sampler)
-      run.profile = timing.Profile(
-        profile_steps, directory / "profile", run.watchdog.patient
-      )
-      return run.loop(dataset, stop)
-    except UserError as error:
-      runtime.tell(error)  # closing waits for the other processes
-      raise
-    finally:
-      with contextlib.closing(snapshots):
-        checkpoints.close()
+  try:
+    run = _Run(config, directory, program, checkpoints, snapshots, initial)
+    run.dataset = dataset
+    run.use_codec(codec, make_sampler)
+    return run
+  except BaseException:
+    with contextlib.closing(snapshots):
+      checkpoints.close()
+    raise
 
 
 def _open(config, data_dir, vae):
@@ -118,14 +133,16 @@ class _Run:
   def __init__(
     self, config, directory, program, checkpoints, snapshots, initial
   ):
-    self.config, self.program = config, program
+    self.config, self.program, self.directory = config, program, directory
+    self.watchdog = Watchdog(config.watchdog_seconds)
     self.checkpoints, self.snapshots = checkpoints, snapshots
     self.metrics: dict[str, float] = {}  # of the last logging point
-    restored = checkpoints.restore(program.abstract)
-    if restored is None:
-      restored = state.create(program.init, program.mesh)
-      if initial is not None:
-        restored = state.replace_params(restored, initial)
+    with self.watchdog:
+      restored = checkpoints.restore(program.abstract)
+      if restored is None:
+        restored = state.create(program.init, program.mesh)
+        if initial is not None:
+          restored = state.replace_params(restored, initial)
     self.state = restored
     self.step = int(restored.step)
     snapshots.save(self.step, restored.ema)  # where a kill came before it
@@ -140,7 +157,6 @@ class _Run:
     )
     self.monitor = state.new_monitor(program.mesh)
     self.clock = timing.StepClock()
-    self.watchdog = Watchdog(config.watchdog_seconds)
     self.writer = metrics.Writer(directory)
     self.writer.text("parameters.txt", overview(program.abstract.params))
     self.param_norm = jax.jit(optax.tree.norm)
@@ -157,14 +173,14 @@ class _Run:
       if self.sampler is None:
         logging.info("no sample grids: --vae was not given to decode them")
 
-  def loop(self, dataset, stop: StopRequest) -> bool:
+  def loop(self, stop: StopRequest) -> bool:
     """Steps until the end or a stop request; saves in both cases."""
     config, total = self.config, self.config.total_steps
     if self.step >= total:
       logging.info("already done: step %d of %d", self.step, total)
       return True
     batches = pipeline.Pipeline(
-      dataset,
+      self.dataset,
       global_batch_size=config.batch_size,
       seed=config.seed,
       start_index=self.step * config.batch_size,
@@ -202,12 +218,12 @@ class _Run:
           self.clock.restart(self.step)
         if every(config.log_every_steps):
           self._log()
-        if every(config.sample_every_steps) and self.sampler:
-          self._sample()
         if every(config.save_every_steps):
           self._save()
         if self.snapshots.is_due(self.step):
           self._snapshot()
+        if every(config.sample_every_steps) and self.sampler:
+          self._sample()  # last: should it fail, the step is saved
         self.watchdog.step_done()
         stop.at_step(self.step)
       if stop.requested and self.step > first:

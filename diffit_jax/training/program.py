@@ -142,6 +142,11 @@ def _check_ranges(config: config_dict.ConfigDict) -> None:
   for field in (*counts, "keep_checkpoints", "num_threads"):
     if config[field] < 1:
       raise UserError(f"{field}={config[field]} must be at least 1")
+  if config.keep_every_steps % config.save_every_steps:
+    raise UserError(
+      f"keep_every_steps={config.keep_every_steps} must be a multiple of"
+      f" save_every_steps={config.save_every_steps}: no other step is saved"
+    )
   if config.sampler.num_grid < 1:
     raise UserError(
       f"sampler.num_grid={config.sampler.num_grid} must be at least 1; no grids"

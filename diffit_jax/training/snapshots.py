@@ -27,6 +27,7 @@ from diffit_jax.parallel import runtime
 from diffit_jax.training import ema, posthoc, storage, workdir
 
 _FOLDER = "snapshots"
+_FEW = 8  # snapshots of a run: below, a warning is due
 _LARGE_ERROR = 0.05  # of a profile, beyond which a warning is due
 
 
@@ -50,6 +51,13 @@ class Snapshots:
     if not self._every:
       return
     self._averages = ema.power_averages(config.ema)
+    if self._total < _FEW * self._every:
+      logging.warning(
+        "snapshot_every_steps=%d makes few snapshots of %d steps: widths other"
+        " than those stored will be far off (docs/ema.md)",
+        self._every,
+        self._total,
+      )
     self._run = _fingerprint(config)
     folder = storage.absolute(directory) / _FOLDER
     runtime.from_first(lambda: self._check_run(folder))

@@ -11,11 +11,13 @@ goes through an abstract tree with shardings, so any number of devices and
 processes can read any step, and compares the checksums of every leaf.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import hashlib
 import json
 import os
+import time
+from typing import TypeVar
 
 from absl import logging
 from etils import epath
@@ -25,7 +27,22 @@ from diffit_jax.errors import UserError
 from diffit_jax.parallel import runtime
 from diffit_jax.training import integrity
 
+T = TypeVar("T")
 _SUMS = "checksums"
+_LAG = 60  # seconds by which the listing of a network folder may lag
+_RETRIES = (1, 5)  # seconds to wait before what may pass is tried again
+_MAY_PASS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
+
+
+class _Manager(ocp.CheckpointManager):
+  """Orbax's manager, which leaves JAX's preemption counter alone.
+
+  Its own use, in a thread and with steps of the past, would set the counter
+  back on process 0 only, and the processes would not agree on where to stop.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    return False
 
 
 class StepFolder:
@@ -50,7 +67,7 @@ class StepFolder:
     """
     self.directory, self._kind = directory, kind
     self._is_pending = False
-    self._manager = ocp.CheckpointManager(
+    self._manager = _Manager(
       directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policy,
@@ -74,7 +91,8 @@ class StepFolder:
       unit: see `integrity.checksums`.
     """
     self.check()
-    if step in self._manager.all_steps():
+    # Process 0's view, since listings of network folders may lag.
+    if runtime.from_first(lambda: step in self._manager.all_steps()):
       return
     sums = integrity.checksums(dict(trees), unit)
     sums |= {name: _digest(note) for name, note in notes.items()}
@@ -84,7 +102,8 @@ class StepFolder:
       _SUMS: ocp.args.JsonSave(sums),
     }
     with self._saving(step):
-      self._manager.save(step, args=ocp.args.Composite(**items))
+      # Forced, as Orbax keeps no step below the newest one otherwise.
+      self._manager.save(step, args=ocp.args.Composite(**items), force=True)
     self._is_pending = True
 
   def check(self) -> None:
@@ -110,8 +129,8 @@ class StepFolder:
     self._manager.close()
 
   def steps(self) -> list[int]:
-    """All complete steps, oldest first."""
-    return sorted(self._manager.all_steps())
+    """All complete steps, oldest first; all processes call it together."""
+    return runtime.from_first(lambda: sorted(self._manager.all_steps()))
 
   def set_aside(self, step: int, folder: epath.Path) -> None:
     """Moves a damaged step into `folder`; all processes call it together."""
@@ -129,7 +148,18 @@ class StepFolder:
           f" ({error}): move or delete it, then run the same command again"
         ) from error
 
+    def wait_until_gone() -> None:
+      deadline = time.monotonic() + _LAG
+      while (self.directory / str(step)).exists():
+        if time.monotonic() > deadline:
+          raise UserError(
+            f"{self.directory / str(step)} was moved away, and can still be"
+            " seen: run the same command again"
+          )
+        time.sleep(0.2)
+
     runtime.from_first(move)
+    runtime.together(wait_until_gone)
     logging.error("moved the damaged step %d to %s", step, target)
     self._manager.reload()
 
@@ -163,7 +193,8 @@ def list_steps(directory: epath.Path) -> list[int]:
 
 def read_note(directory: epath.Path, step: int, name: str):
   """One note of a step, unchecked; any failure is the caller's."""
-  return json.loads((directory / str(step) / name / "metadata").read_text())
+  path = directory / str(step) / name / "metadata"
+  return json.loads(_persist(path.read_text))
 
 
 def read(
@@ -194,15 +225,18 @@ def read(
     UserError: says what cannot be read, or which leaf is damaged.
   """
 
+  def load_once():
+    sums = read_note(directory, step, _SUMS)
+    found = {name: read_note(directory, step, name) for name in notes}
+    integrity.compare(sums, {k: _digest(v) for k, v in found.items()})
+    for name, abstract in trees.items():
+      path = directory / str(step) / name
+      found[name] = _load_tree(path, abstract, partial)
+    return sums, found
+
   def load():
     try:
-      sums = dict(read_note(directory, step, _SUMS))
-      found = {name: read_note(directory, step, name) for name in notes}
-      integrity.compare(sums, {k: _digest(v) for k, v in found.items()})
-      for name, abstract in trees.items():
-        path = directory / str(step) / name
-        found[name] = _load_tree(path, abstract, partial)
-      return sums, found
+      return _persist(load_once)
     except Exception as error:  # Orbax has no one class for damage
       first = (str(error).splitlines() or [""])[0][:300]
       raise UserError(f"{type(error).__name__}: {first}") from error
@@ -216,6 +250,21 @@ def read(
   except integrity.Damage as damage:
     raise UserError(str(damage)) from damage
   return found
+
+
+def _persist(call: Callable[[], T]) -> T:
+  """`call()`, tried again where a network file system may have failed it."""
+  for seconds in _RETRIES:
+    try:
+      return call()
+    except Exception as error:
+      is_gone = isinstance(error, FileNotFoundError)
+      may_pass = isinstance(error, OSError) and not is_gone
+      if not may_pass and not any(code in str(error) for code in _MAY_PASS):
+        raise
+      logging.warning("cannot read (%s): again in %d s", error, seconds)
+      time.sleep(seconds)
+  return call()
 
 
 def _load_tree(path: epath.Path, abstract, partial: bool):

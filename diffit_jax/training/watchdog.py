@@ -49,6 +49,9 @@ class Watchdog:
     """Gives the block several times the limit; it does not count as a step."""
     self._arm(_PATIENCE * self.limit)
     yield
+    if self._last is None:  # the first step compiles, and is still to come
+      self._arm(_PATIENCE * self.limit)
+      return
     self._last = time.monotonic()
     self._arm(self.limit)
 

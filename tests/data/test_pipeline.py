@@ -1,5 +1,6 @@
 """Order, resumption, shards, mirroring; what comes out is what went in."""
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from diffit_jax.data import dataset as dataset_lib
-from diffit_jax.data import pipeline
+from diffit_jax.data import pipeline, transforms
 from diffit_jax.errors import UserError
 
 
@@ -253,6 +254,15 @@ def test_a_spoilt_data_set_says_how_to_remake_it(
 def _edit_info(directory: pathlib.Path, **fields) -> None:
   file = directory / "dataset_info.json"
   file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_an_image_that_cannot_be_decoded_is_damage(ten):
+  png = transforms.encode_png(np.zeros((4, 4, 3), np.uint8))
+  for data in (b"no image", png[:45]):
+    source = [{"image": data, "label": 0}] * 4
+    spoilt = dataclasses.replace(ten, source=source, num_images=4)
+    with pytest.raises(UserError, match="ten.* is damaged .*--overwrite"):
+      _batches(spoilt, 1)
 
 
 def test_an_unknown_split_names_the_known_ones(data_dir):

@@ -1,6 +1,7 @@
 """Generator, job and weights: who decides a sample, and what is written."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import signal
@@ -35,6 +36,12 @@ def loaded():
   return weights.Weights(params, config, 4, "edm", "a test")
 
 
+def test_a_run_in_a_bucket_needs_gcsfs(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+  with pytest.raises(UserError, match="gs://b/run needs gcsfs: pip install"):
+    weights.read_config("gs://b/run")
+
+
 _made = {}
 
 
@@ -53,12 +60,19 @@ def make(loaded, mesh=None):
   )
 
 
-def test_weights_trained_with_cudnn_attention_sample_without_a_gpu(loaded):
+def test_weights_trained_with_cudnn_attention_sample_without_a_gpu(
+  loaded, tmp_path
+):
   index, labels = np.arange(2), np.arange(2)
   expected = make(loaded)(index, labels)
-  model = models.make_model(loaded.config.model).clone(attention="cudnn")
-  run = generator.make_generator(model, loaded.config, one_device())
-  found = run(loaded.params, 0, np.uint32(index), np.int32(labels))
+  config = loaded.config.copy_and_resolve_references()
+  config.model.attention = "cudnn"
+  path = tmp_path / "cudnn.safetensors"
+  files.write_weights(path, loaded.params, config, step=4, ema="edm")
+  read = weights.from_file(path, one_device())
+  model = models.make_model(read.config.model)
+  run = generator.make_generator(model, read.config, one_device())
+  found = run(read.params, 0, np.uint32(index), np.int32(labels))
   np.testing.assert_array_equal(found, expected)
 
 

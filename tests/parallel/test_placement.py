@@ -179,11 +179,19 @@ def test_without_placing_activations_would_cross(monkeypatch):
 
 def test_weights_travel_in_the_type_they_are_used_in():
   mesh = mesh_lib.make_mesh(2, 4)
-  params = {"kernel": jnp.ones((4, 4)), "table": jnp.ones((4, 4))}
+  params = {
+    "linear": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)},
+    "norm": {"scale": jnp.ones(4), "bias": jnp.ones(4)},
+    "table": jnp.ones((4, 4)),
+  }
   out = jax.jit(sharding.gather(mesh, jnp.bfloat16))(params)
-  assert out["kernel"].dtype == jnp.bfloat16
-  assert out["table"].dtype == jnp.float32  # TMSA's bias stays float32
-  assert all(x.sharding.is_fully_replicated for x in out.values())
+  found = jax.tree.map(lambda x: x.dtype.name, out)
+  assert found == {
+    "linear": {"kernel": "bfloat16", "bias": "bfloat16"},
+    "norm": {"scale": "float32", "bias": "float32"},
+    "table": "float32",  # TMSA's bias
+  }
+  assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(out))
 
 
 def test_gradients_and_state_are_float32_under_bfloat16_blocks():

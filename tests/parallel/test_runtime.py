@@ -276,3 +276,13 @@ def test_no_signal_is_lost_and_all_stop_at_one_step(start, when):
         stop.at_step(steps[process])
       tick()
   assert steps[0] == steps[1] < start + 20
+
+
+def test_processes_with_another_config_are_refused(monkeypatch):
+  monkeypatch.setattr(runtime.jax, "process_count", lambda: 3)
+  texts = ["a", "a", "b"]
+  monkeypatch.setattr(runtime, "_gather_text", lambda text: texts)
+  with pytest.raises(UserError, match="process 2 has another config than"):
+    runtime.check_same("config", "a")
+  texts[2] = "a"
+  runtime.check_same("config", "a")

@@ -1,5 +1,7 @@
 """Mesh sizes, where parameters lie, and that fsdp changes no number."""
 
+import types
+
 import jax
 from jax.sharding import PartitionSpec
 import numpy as np
@@ -27,6 +29,20 @@ from diffit_jax.training import state
 def test_mesh_sizes(data, fsdp, expected):
   mesh = mesh_lib.make_mesh(data, fsdp)
   assert mesh.devices.shape == expected and mesh.axis_names == mesh_lib.AXES
+
+
+def test_hosts_of_gpus_are_no_slices():
+  """XLA gives each of them a slice_index of its own."""
+  gpu = lambda i: types.SimpleNamespace(
+    id=i,
+    platform="gpu",
+    device_kind="H100",
+    process_index=i // 8,
+    slice_index=i // 8,
+  )
+  devices = [gpu(i) for i in range(32)]
+  found = mesh_lib._arrange(devices, 2, 16)
+  assert found.shape == (2, 16) and list(found.ravel()) == devices
 
 
 @pytest.mark.parametrize("data, fsdp", [(3, 1), (-1, 3), (-1, -1), (0, -1)])

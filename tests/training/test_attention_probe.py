@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import digits
+from configs import digits, ffhq64, imagenet512
 from diffit_jax.errors import UserError
 from diffit_jax.models.attention import attend
 from diffit_jax.training import attention_probe
@@ -83,6 +83,26 @@ def transposed(q, k, v, bias):
 def test_wrong_kernels_are_refused(kernel, what):
   with pytest.raises(UserError, match=f"wrong {what} here.*attention=xla"):
     attention_probe.probe(2, 16, 4, kernel)
+
+
+@pytest.mark.parametrize(
+  "config, sizes",
+  [
+    (imagenet512.get_config(), [(16, 72, 32)]),
+    (ffhq64.get_config(), [(2, 64, 8), (4, 64, 8), (4, 64, 8), (4, 64, 8)]),
+  ],
+  ids=["imagenet512", "ffhq64"],
+)
+def test_every_size_of_the_model_is_probed(config, sizes, monkeypatch):
+  found = []
+  monkeypatch.setattr(
+    attention_probe, "probe", lambda *args: found.append(args)
+  )
+  attention_probe.probe_config(config)
+  assert not found  # plain XLA needs none
+  config.model.attention = "cudnn"
+  attention_probe.probe_config(config)
+  assert found == sizes
 
 
 def test_cudnn_is_refused_where_it_cannot_run():

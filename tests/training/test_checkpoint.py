@@ -23,7 +23,7 @@ from configs import digits
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import sharding
 from diffit_jax.parallel.mesh import make_mesh
-from diffit_jax.training import checkpoint, loop, program
+from diffit_jax.training import checkpoint, loop, program, storage
 from diffit_jax.training.state import TrainState
 
 # Orbax drops its other reads when one of them fails, which warn as they go.
@@ -359,3 +359,30 @@ def test_two_processes_fall_back_together(tmp_path):
   assert sorted(p.name for p in (tmp_path / "damaged").iterdir()) == ["2", "3"]
   assert checkpoint.list_steps(tmp_path) == [1, 4]
   assert_is_state(restore(tmp_path), 4)  # on one device of one process
+
+
+def test_what_may_pass_is_tried_again(monkeypatch):
+  monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+  errors = [OSError("stale file handle"), ValueError("UNAVAILABLE: try later")]
+
+  def call():
+    if errors:
+      raise errors.pop()
+    return "read"
+
+  assert storage._persist(call) == "read" and not errors
+
+
+@pytest.mark.parametrize(
+  "error", [FileNotFoundError("no such file"), ValueError("DATA_LOSS")]
+)
+def test_damage_is_not_tried_again(error, monkeypatch):
+  calls = []
+
+  def call():
+    calls.append(None)
+    raise error
+
+  with pytest.raises(type(error)):
+    storage._persist(call)
+  assert len(calls) == 1

@@ -12,6 +12,7 @@ import pytest
 from configs import digits
 from diffit_jax.data import pipeline
 from diffit_jax.errors import UserError
+from diffit_jax.generation.generator import make_grid_sampler
 from diffit_jax.parallel import mesh as mesh_lib
 from diffit_jax.training import checkpoint, loop, state
 from diffit_jax.training import program as program_lib
@@ -166,6 +167,14 @@ def test_other_data_of_the_same_name_are_refused(copy, data_dir, tmp_path):
   file.write_text(json.dumps(metadata | {"content_hash": "0"}))
   with pytest.raises(UserError, match="data_identity.content_hash is"):
     loop.train(small(total_steps=5), copy, str(other), devices=one_device())
+
+
+def test_grids_of_sharded_averages(data_dir, tmp_path):
+  config = small(total_steps=2, sample_every_steps=2)
+  config.mesh.fsdp = 4
+  assert loop.train(config, tmp_path, data_dir, make_grid_sampler)
+  (grid,) = (tmp_path / "samples").iterdir()
+  assert grid.name == "samples_edm_00000002.png" and grid.stat().st_size > 200
 
 
 def test_damaged_data_end_in_one_sentence(data_dir, tmp_path):
@@ -384,6 +393,10 @@ def test_data_that_do_not_fit_the_config_are_refused(data_dir, tmp_path):
     ({"diffusion.augment_prob": 2.0}, "augment"),
     ({"sampler.num_grid": 0}, "sampler.num_grid=0 must be at least 1"),
     ({"ema.edm.kind": "foo"}, "ema.edm.kind='foo': use one of"),
+    (
+      dict(keep_every_steps=3, save_every_steps=2),
+      "keep_every_steps=3 must be a multiple of save_every_steps=2",
+    ),
     ({"mesh.data": 3}, r"mesh.data=3 x mesh.fsdp=1 does not make 8"),
     ({"model.augment_dim": 9}, "model.augment_dim=9 must be 0"),
     ({"model.num_classes": 7}, "model.num_classes=7 must be 0 or"),
