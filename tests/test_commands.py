@@ -25,8 +25,15 @@ DEBUG = "--config=configs/digits.py:debug"
 def workdir(tmp_path_factory, data_dir):
   """A finished debug run of `main`."""
   folder = tmp_path_factory.mktemp("commands") / "run"
-  commands.succeed(f"main {DEBUG} --workdir={folder} --data_dir={data_dir}")
+  commands.succeed(
+    f"main {DEBUG} --workdir={folder} --data_dir={data_dir} --profile_steps=3:5"
+  )
   return folder
+
+
+def test_a_trace_is_written_beside_the_run(workdir):
+  (trace,) = (workdir / "profile").rglob("*.xplane.pb")
+  assert trace.stat().st_size > 1000
 
 
 def test_training_writes_what_it_says(workdir):

@@ -110,6 +110,7 @@ def test_any_mesh_reads_what_any_mesh_saved(data, fsdp, saved, tmp_path):
   )
 
 
+@pytest.mark.slow  # test_two_processes.py reads on 8, 2 and 1 devices
 def test_a_run_goes_on_on_other_devices_up_to_rounding(data_dir, tmp_path):
   config = digits.get_config("debug")
   config.sample_every_steps = 0
