@@ -29,6 +29,10 @@ LONG_FILES = (
   "test_commands.py",
   "test_kill.py",
   "test_loop.py",
+  "test_two_processes.py",
+  "test_launch.py",
+  "test_placement.py",
+  "test_checkpoint.py",
 )
 
 

@@ -134,7 +134,8 @@ class Checkpoints:
           error,
         )
         continue
-      for damaged, _ in failures:
+      if failures:
+        damaged = [step for step, _ in failures]
         self._folder.set_aside(damaged, self.directory.parent / "damaged")
       return state
     if failures:

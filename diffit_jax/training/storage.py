@@ -132,36 +132,38 @@ class StepFolder:
     """All complete steps, oldest first; all processes call it together."""
     return runtime.from_first(lambda: sorted(self._manager.all_steps()))
 
-  def set_aside(self, step: int, folder: epath.Path) -> None:
-    """Moves a damaged step into `folder`; all processes call it together."""
-    target = folder / str(step)
+  def set_aside(self, steps: list[int], folder: epath.Path) -> None:
+    """Moves damaged steps into `folder`; all processes call it together."""
 
     def move() -> None:
-      try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-          target.rmtree()
-        (self.directory / str(step)).rename(target)
-      except OSError as error:
-        raise UserError(
-          f"cannot move the damaged {self.directory / str(step)} to {target}"
-          f" ({error}): move or delete it, then run the same command again"
-        ) from error
+      for step in steps:
+        source, target = self.directory / str(step), folder / str(step)
+        try:
+          folder.mkdir(parents=True, exist_ok=True)
+          if target.exists():
+            target.rmtree()
+          source.rename(target)
+        except OSError as error:
+          raise UserError(
+            f"cannot move the damaged {source} to {target} ({error}): move or"
+            " delete it, then run the same command again"
+          ) from error
+        logging.error("moved the damaged step %d to %s", step, target)
 
-    def wait_until_gone() -> None:
+    def reload() -> None:
       deadline = time.monotonic() + _LAG
-      while (self.directory / str(step)).exists():
+      while any((self.directory / str(step)).exists() for step in steps):
         if time.monotonic() > deadline:
           raise UserError(
-            f"{self.directory / str(step)} was moved away, and can still be"
-            " seen: run the same command again"
+            f"steps {steps} were moved out of {self.directory}, and can still"
+            " be seen: run the same command again"
           )
         time.sleep(0.2)
+      self._manager.reload()
 
+    # No process looks at the folder while another one changes it.
     runtime.from_first(move)
-    runtime.together(wait_until_gone)
-    logging.error("moved the damaged step %d to %s", step, target)
-    self._manager.reload()
+    runtime.together(reload)
 
   @contextlib.contextmanager
   def _saving(self, step: int | None) -> Iterator[None]:

@@ -209,7 +209,17 @@ def test_churn_with_given_noise_is_algorithm_2(x64, S_churn):
   np.testing.assert_allclose(x, expected, rtol=1e-11)
 
 
-def test_keys_are_folded_with_the_number_of_the_draw():
+@pytest.fixture()
+def optimised():
+  """The compiler as users have it, for sums in their usual order."""
+  option = "jax_disable_most_optimizations"
+  before = jax.config.read(option)
+  jax.config.update(option, False)
+  yield
+  jax.config.update(option, before)
+
+
+def test_keys_are_folded_with_the_number_of_the_draw(optimised):
   n = 5
   z = noise_of().astype(jnp.float32)
   keys = jax.random.split(jax.random.key(2), 3)
