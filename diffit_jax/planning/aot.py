@@ -2,16 +2,14 @@
 
 from collections.abc import Sequence
 import dataclasses
-import math
 import re
 
 import jax
-import jax.numpy as jnp
 from ml_collections import config_dict
 
 from diffit_jax.training import cost
 from diffit_jax.training import program as program_lib
-from diffit_jax.training.state import Monitor
+from diffit_jax.training.state import abstract_monitor
 
 _OOM = re.compile(
   r"([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
@@ -82,26 +80,15 @@ def trace(config: config_dict.ConfigDict, devices: Sequence) -> Step:
     UserError: the config does not fit together, or not on these devices.
   """
   program = program_lib.build(config, devices)
-  scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype)
-  monitor = Monitor(
-    loss=scalar(jnp.float32),
-    grad_norm=scalar(jnp.float32),
-    steps=scalar(jnp.int32),
-    bad_step=scalar(jnp.int32),
-  )
   batch = program_lib.batch_shapes(config)
-  traced = program.train_step.trace(program.abstract, monitor, batch)
-  state_bytes = sum(
-    leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-    for leaf in jax.tree.leaves(program.abstract)
-  )
-  batch_bytes = sum(leaf.dtype.itemsize * leaf.size for leaf in batch.values())
+  traced = program.train_step.trace(program.abstract, abstract_monitor(), batch)
+  state_bytes, batch_bytes = program_lib.argument_bytes(config, program)
   return Step(
     program=program,
     traced=traced,
     products=tuple(cost.products(traced.jaxpr.jaxpr)),
-    forward_macs=_forward_macs(config, program),
-    argument_bytes=state_bytes + batch_bytes // program.mesh.size,
+    forward_macs=program_lib.forward_macs(config, program),
+    argument_bytes=state_bytes + batch_bytes,
   )
 
 
@@ -143,11 +130,3 @@ def parse_out_of_memory(message: str) -> tuple[float, float] | None:
     float(needed) * _UNITS[unit],
     float(available) * _UNITS[available_unit],
   )
-
-
-def _forward_macs(config, program) -> cost.Macs:
-  side = config.data.resolution
-  x = jax.ShapeDtypeStruct((1, side, side, program.model.channels), jnp.float32)
-  t = jax.ShapeDtypeStruct((1,), jnp.float32)
-  run = lambda params, x, t: program.model.apply({"params": params}, x, t)
-  return cost.count_macs(run, program.abstract.params, x, t)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import math
 
 from flax import linen as nn
 import jax
@@ -13,7 +14,7 @@ from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import mesh as mesh_lib
 from diffit_jax.parallel import sharding
-from diffit_jax.training import attention_probe, ema, objective, step
+from diffit_jax.training import attention_probe, cost, ema, objective, step
 from diffit_jax.training.checkpoint import BEST_BY
 from diffit_jax.training.optimizer import make_optimizer
 from diffit_jax.training.state import TrainState, abstract_state, make_init
@@ -218,3 +219,25 @@ def batch_shapes(config: config_dict.ConfigDict) -> dict:
     return batch | {"image": jax.ShapeDtypeStruct(image, jnp.uint8)}
   moments = (b, side, side, 2 * channels)
   return batch | {"moments": jax.ShapeDtypeStruct(moments, jnp.float32)}
+
+
+def argument_bytes(
+  config: config_dict.ConfigDict, program: Program
+) -> tuple[int, int]:
+  """Bytes of the state and of the batch on each device."""
+  local = lambda leaf: (
+    leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+  )
+  batch = batch_shapes(config)
+  whole = sum(leaf.dtype.itemsize * leaf.size for leaf in batch.values())
+  state = sum(map(local, jax.tree.leaves(program.abstract)))
+  return state, whole // program.mesh.size
+
+
+def forward_macs(config: config_dict.ConfigDict, program: Program) -> cost.Macs:
+  """Multiply-accumulates of one network evaluation of one image."""
+  side = config.data.resolution
+  x = jax.ShapeDtypeStruct((1, side, side, program.model.channels), jnp.float32)
+  t = jax.ShapeDtypeStruct((1,), jnp.float32)
+  run = lambda params, x, t: program.model.apply({"params": params}, x, t)
+  return cost.count_macs(run, program.abstract.params, x, t)

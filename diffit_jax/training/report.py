@@ -2,12 +2,9 @@
 
 from clu import parameter_overview
 import jax
-import jax.numpy as jnp
 from ml_collections import config_dict
-import numpy as np
 
 from diffit_jax.models import LatentDiffiT
-from diffit_jax.training import cost
 from diffit_jax.training import program as program_lib
 from diffit_jax.training import state as state_lib
 
@@ -19,7 +16,10 @@ def dry_run(config: config_dict.ConfigDict) -> str:
   program = program_lib.build(config)
   params = program.abstract.params
   num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-  memory, macs = _memory(config, program), forward_macs(config, program)
+  memory, macs = (
+    _memory(config, program),
+    program_lib.forward_macs(config, program),
+  )
   lines = [
     str(config),
     overview(params),
@@ -52,27 +52,15 @@ def _positions(model, num_params: int) -> str:
   return f" + {fixed:,} fixed positions = {num_params + fixed:,}"
 
 
-def forward_macs(config: config_dict.ConfigDict, program) -> cost.Macs:
-  """Multiply-accumulates of one network evaluation of one image."""
-  side = config.data.resolution
-  x = jnp.zeros((1, side, side, program.model.channels))
-  run = lambda params: program.model.apply({"params": params}, x, jnp.zeros(1))
-  return cost.count_macs(run, program.abstract.params)
-
-
 def _memory(config, program) -> dict[str, int]:
   """Bytes on each device while a step runs, from the compiled program."""
-  monitor = jax.eval_shape(lambda: state_lib.new_monitor(program.mesh))
   batch = program_lib.batch_shapes(config)
   compiled = program.train_step.lower(
-    program.abstract, monitor, batch
+    program.abstract, state_lib.abstract_monitor(), batch
   ).compile()
-  local = lambda leaf: (
-    leaf.dtype.itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
-  )
-  per_batch = sum(leaf.dtype.itemsize * leaf.size for leaf in batch.values())
+  state_bytes, batch_bytes = program_lib.argument_bytes(config, program)
   return {
-    "state": sum(map(local, jax.tree.leaves(program.abstract))),
-    "batch": per_batch // program.mesh.size,
+    "state": state_bytes,
+    "batch": batch_bytes,
     "temporaries": compiled.memory_analysis().temp_size_in_bytes,
   }

@@ -49,6 +49,13 @@ class Monitor:
   bad_step: jax.Array
 
 
+def abstract_monitor() -> Monitor:
+  """Shapes and dtypes of the sums."""
+  sums, counts = jnp.float32, jnp.int32
+  dtypes = Monitor(loss=sums, grad_norm=sums, steps=counts, bad_step=counts)
+  return jax.tree.map(lambda dtype: jax.ShapeDtypeStruct((), dtype), dtypes)
+
+
 def new_monitor(mesh: Mesh) -> Monitor:
   """Zero sums, replicated on the mesh."""
   monitor = Monitor(np.float32(0), np.float32(0), np.int32(0), np.int32(-1))
