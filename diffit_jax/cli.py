@@ -5,6 +5,7 @@ anything else means not done, with one clear last line on stderr.
 """
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import logging as stdlib_logging
 import os
@@ -70,16 +71,32 @@ def _guard(
   except BrokenPipeError:  # stdout was closed early, as by `| head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
-  fail(message, code)
-  # At once: threads and tasks that a failed save left behind in libraries would
-  # otherwise write their own complaints below the last line.
+  _end_with(message, code)
+
+
+def _end_with(message: str, code: int) -> None:
+  """Ends the process at once, with `message` as stderr's last line.
+
+  Threads and tasks that a failed save left behind in libraries would otherwise
+  write their own complaints below it, or hang the interpreter's end.
+  """
+  logging.flush()
+  with contextlib.suppress(OSError):  # nobody may be reading any more
+    sys.stdout.flush()
+  last = os.dup(sys.stderr.fileno())
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+  os.write(last, f"{_line(message)}\n".encode())
   os._exit(code)
+
+
+def _line(error: object) -> str:
+  return f"error: {' '.join(str(error).split())}"
 
 
 def fail(error: object, code: int = 1) -> int:
   """Prints `error` as one last line on stderr; returns the exit code."""
   logging.flush()
-  print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+  print(_line(error), file=sys.stderr, flush=True)
   return code
 
 

@@ -168,7 +168,7 @@ def test_a_polite_stop_cleans_up(tmp_path, number):
   time.sleep(0.5)
   os.close(pipe)  # a read in a thread is not interrupted: let it end
   _, stderr = process.communicate(timeout=60)
-  assert process.returncode == 130
+  assert process.returncode == 130, stderr
   assert stderr.splitlines()[-1].startswith("error: interrupted")
   assert "Traceback" not in stderr
   assert not (tmp_path / "image_folder").exists()
