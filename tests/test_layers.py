@@ -10,7 +10,8 @@ import pytest
 from commands import ROOT
 
 PACKAGE = ROOT / "diffit_jax"
-LEAVES = {"errors", "progress", "stop"}  # anyone may use these
+# Anyone may use these.
+LEAVES = {"__version__", "errors", "npz", "progress", "stop"}
 # What each part may import of the others; entry points may import all.
 MAY_IMPORT = {
   "models": set(),
@@ -29,6 +30,10 @@ MAY_IMPORT = {
     "sampling",  # pictures of sample grids
   },
   "planning": {"training"},  # compiles its step
+  "evaluation": {
+    *("data", "parallel", "interop"),
+    "generation",  # makes samples
+  },
 }
 
 
@@ -97,7 +102,7 @@ def test_the_check_sees_what_is_imported():
 
 
 @pytest.mark.parametrize(
-  "entry", ["main", "sample", "export", "prepare", "plan", "demo"]
+  "entry", ["main", "sample", "evaluate", "export", "prepare", "plan", "demo"]
 )
 def test_entry_points_are_light_until_they_work(entry):
   assert loaded(f"import diffit_jax.{entry}") == set()
@@ -107,6 +112,7 @@ def test_sampling_and_export_never_import_tensorflow():
   code = (
     "import diffit_jax.generation.job, diffit_jax.generation.weights,"
     " diffit_jax.interop.files, diffit_jax.training.checkpoint,"
-    " diffit_jax.autoencoder.codec"
+    " diffit_jax.autoencoder.codec, diffit_jax.evaluation.job,"
+    " diffit_jax.evaluation.measure, diffit_jax.evaluation.samples"
   )
   assert "tensorflow" not in loaded(code)

@@ -165,7 +165,7 @@ def test_kill_9_leaves_nothing_that_training_would_read(tmp_path):
 def test_a_polite_stop_cleans_up(tmp_path, number):
   _, process, pipe = _start_and_wait_in_the_middle(tmp_path)
   process.send_signal(number)
-  time.sleep(0.5)
+  time.sleep(1.5)
   os.close(pipe)  # a read in a thread is not interrupted: let it end
   _, stderr = process.communicate(timeout=60)
   assert process.returncode == 130, stderr

@@ -71,7 +71,7 @@ def sample_to_folder(
   classes(np.arange(1))  # refuses wrong labels before anything is written
   is_latent = config.diffusion.kind == "adm" and codec is None
   output = Output(pathlib.Path(out), LATENTS if is_latent else IMAGES)
-  _claim(output.folder, _settings(weights, seed, labels, codec))
+  _claim(output.folder, describe(weights, seed, labels, codec))
 
   waiting = [i for i in range(num) if not output.path(i).exists()]
   batches = sorted({i // batch_size for i in waiting})
@@ -157,10 +157,16 @@ def _report_skipped(weights: Weights, mesh: Mesh, seed: int, classes) -> None:
   )
 
 
-def _settings(weights: Weights, seed: int, labels: str, codec) -> dict:
-  """What decides the samples, as it stands in sampling.json."""
+def describe(weights: Weights, seed: int, labels: str, codec) -> dict:
+  """What decides the samples, as it stands in sampling.json.
+
+  Under "about" is what only tells where they come from.
+  """
   sampler = json.loads(weights.config.sampler.to_json_best_effort())
   sampler.pop("num_grid", None)
+  config = json.loads(weights.config.to_json_best_effort())
+  config_hash = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+  is_edm = weights.config.diffusion.kind == "edm"
   return {
     "weights_sha256": hash_tree(weights.params),
     "step": weights.step,
@@ -171,6 +177,15 @@ def _settings(weights: Weights, seed: int, labels: str, codec) -> dict:
     "dtype": weights.config.model.dtype,
     "matmul_precision": weights.config.matmul_precision,
     "vae": codec.hash if codec else None,
+    "about": {
+      "config": weights.config.name,
+      "config_sha256": config_hash.hexdigest(),
+      "source": weights.source,
+      "uint8_rule": "edm" if is_edm else "adm",  # of `sampling.images`
+      "vae_source": codec.source if codec else None,
+      "jax": jax.__version__,
+      "device": jax.devices()[0].device_kind,
+    },
   }
 
 
@@ -192,7 +207,8 @@ def _claim(folder: pathlib.Path, settings: dict) -> None:
       old = json.loads(path.read_text())
     except ValueError:
       old = {}
-    different = [key for key in settings if old.get(key) != settings[key]]
+    keys = settings.keys() - {"about"}
+    different = sorted(key for key in keys if old.get(key) != settings[key])
     if different:
       raise UserError(
         f"{folder} holds samples of other settings"

@@ -4,10 +4,10 @@ from collections.abc import Callable
 import dataclasses
 import os
 import pathlib
-import zipfile
 
 import numpy as np
 
+from diffit_jax.npz import Stream, write_npz
 from diffit_jax.sampling.images import page, write_png
 
 
@@ -95,21 +95,12 @@ class Output:
     sample = self.kind.read(self.path(0))
     channels = 3 if self.kind is IMAGES else sample.shape[-1]
     shape = (num, *sample.shape[:2], channels)
-    name = f"{self.kind.prefix}_{'x'.join(map(str, shape))}.npz"
-    header = {
-      "descr": np.lib.format.dtype_to_descr(sample.dtype),
-      "fortran_order": False,
-      "shape": shape,
+    read = lambda i: np.broadcast_to(self.kind.read(self.path(i)), shape[1:])
+    members = {
+      "arr_0": Stream(shape, sample.dtype, (read(i)[None] for i in range(num)))
     }
-    partial = self.folder / f"{name}.partial"
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-      with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for i in range(num):
-          sample = self.kind.read(self.path(i))
-          file.write(np.broadcast_to(sample, shape[1:]).tobytes())
-      if labels is not None:
-        with archive.open("arr_1.npy", "w") as file:
-          np.lib.format.write_array(file, labels.astype(np.int64))
-    os.replace(partial, self.folder / name)
-    return self.folder / name
+    if labels is not None:
+      members["arr_1"] = labels.astype(np.int64)
+    path = self.folder / f"{self.kind.prefix}_{'x'.join(map(str, shape))}.npz"
+    write_npz(path, members)
+    return path

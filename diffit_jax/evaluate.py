@@ -1,0 +1,288 @@
+"""Scores images: FID, sFID, inception score, precision, recall, KID.
+
+  # images that are there: an npz, a folder, a zip or a prepared data set
+  python -m diffit_jax.evaluate --samples=samples --reference=ffhq64.npz \
+      --inception=inception.safetensors --out=card.json
+
+  # samples that are made, scored and forgotten (--keep_samples=DIR keeps them)
+  python -m diffit_jax.evaluate --workdir=runs/ffhq64 --num=50000 \
+      --reference=ffhq64.npz --inception=inception.safetensors --out=card.json
+
+  # statistics of a prepared data set, in ADM's layout
+  python -m diffit_jax.evaluate --build_reference=ffhq64 \
+      --inception=inception.safetensors --out=ffhq64.npz
+
+  # a metric over a sampler field, with a plot; several cards as one table
+  python -m diffit_jax.evaluate --workdir=runs/digits --features=digits \
+      --reference=digits --sweep=guidance_scale=1,1.5,2 --num=500 --out=sweep
+  python -m diffit_jax.evaluate --compare a.json b.json
+
+Every number is written to a card (JSON) with all that decides it. A reference
+is a file of statistics (ADM's or EDM's npz), or anything with images. Without
+Inception's weights --features=pixels and --features=digits measure in other
+spaces, under other names. An interrupted run goes on where it stopped.
+"""
+
+import dataclasses
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from diffit_jax import cli
+from diffit_jax.errors import UserError
+
+_SAMPLES = flags.DEFINE_string(
+  "samples", None, "Images to score: .npz, folder, zip, or name of a data set."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of a training run that makes the samples."
+)
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", None, "A .safetensors file that makes the samples."
+)
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config of the --checkpoint, where it has none of its own."
+)
+_REFERENCE = flags.DEFINE_string(
+  "reference",
+  None,
+  "Compared with: statistics (.npz), or images as for --samples.",
+)
+_SPLIT = flags.DEFINE_string("split", "train", "Of data sets.")
+_DATA_DIR = flags.DEFINE_string(
+  "data_dir", None, "Prepared data sets; default $TFDS_DATA_DIR."
+)
+_OUT = flags.DEFINE_string(
+  "out", None, "The card; of --build_reference an npz; of --sweep a folder."
+)
+_FEATURES = flags.DEFINE_enum(
+  "features",
+  "inception",
+  ["inception", "digits", "pixels"],
+  "Space that is measured in. Only the first gives FID and its kin.",
+)
+_INCEPTION = cli.define_inception_flag()
+_RESIZE = flags.DEFINE_enum(
+  "resize",
+  "tf1",
+  ["tf1", "pytorch_fid"],
+  "Rule by which images become 299x299: that of ADM's and EDM's evaluators, or"
+  " pytorch-fid's.",
+)
+_METRICS = flags.DEFINE_list("metrics", [], "Default: all there are.")
+_PER_CLASS = flags.DEFINE_bool(
+  "per_class", False, "Also compare each class with the same class."
+)
+_REPEATS = flags.DEFINE_integer(
+  "repeats", 1, "Runs of --num other samples; the best is reported.", 1
+)
+_KEEP = flags.DEFINE_string(
+  "keep_samples", None, "Folder that keeps the samples, as sample writes them."
+)
+_BUILD = flags.DEFINE_string(
+  "build_reference", None, "Write statistics of these images to --out."
+)
+_SWEEP = flags.DEFINE_string(
+  "sweep", None, "FIELD=VALUE,VALUE: guidance_scale, guidance_power or steps."
+)
+_COMPARE = flags.DEFINE_list("compare", None, "Cards to print as one table.")
+_BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size", 64, "Images per call, over all devices.", 1
+)
+_SAMPLING = cli.define_sampling_flags(
+  num=None,
+  num_help="Images to score; default all of --samples, else 50,000.",
+)
+_RUNTIME = cli.define_runtime_flags()
+_NUM_MADE = 50_000
+
+
+def main(*paths: str) -> int:
+  if _COMPARE.value is not None:
+    return _compare([*_COMPARE.value, *paths])
+  if paths:
+    raise UserError(
+      f"unexpected argument {paths[0]!r}: options are written --name=value"
+    )
+  cli.require_one_of(out=_OUT.value)
+  cli.require_local(_OUT.value)
+  if _BUILD.value is None:
+    _check_flags()
+  elif _FEATURES.value != "inception":
+    raise UserError(
+      "--build_reference writes Inception's statistics: with --features="
+      f"{_FEATURES.value} give the images themselves as --reference"
+    )
+  from diffit_jax.evaluation.collector import Stopped
+  from diffit_jax.parallel import runtime
+  from diffit_jax.stop import StopRequest
+
+  with _RUNTIME.joined():
+    with StopRequest(runtime.preemption_notice()) as stop:
+      stop.begin(0)
+      try:
+        return _build_reference(stop) if _BUILD.value else _evaluate(stop)
+      except Stopped:
+        return cli.REQUEUE
+
+
+def _check_flags() -> None:
+  cli.require_one_of(
+    samples=_SAMPLES.value, workdir=_WORKDIR.value, checkpoint=_CHECKPOINT.value
+  )
+  cli.require_one_of(reference=_REFERENCE.value)
+  if _SAMPLES.value:
+    for flag in (_SWEEP, _KEEP, _CONFIG):
+      if flag.value is not None:
+        raise UserError(
+          f"--{flag.name} is for samples that are made: it goes with --workdir"
+          " or --checkpoint"
+        )
+  if _KEEP.value:
+    cli.require_local(_KEEP.value)
+    cli.require_one_process()
+
+
+def _compare(paths: list[str]) -> int:
+  from diffit_jax.evaluation import card, compare
+
+  cards = {}
+  for path in paths:
+    name = pathlib.Path(path).stem
+    cards[path if name in cards else name] = card.read(path)
+  print(compare.table(cards))
+  return 0
+
+
+def _collector(stop):
+  """The feature space, on all devices."""
+  from diffit_jax.evaluation import spaces
+  from diffit_jax.evaluation.collector import Collector
+  from diffit_jax.parallel.mesh import make_mesh
+
+  space = spaces.open_space(_FEATURES.value, _INCEPTION.value, _RESIZE.value)
+  return Collector(space, make_mesh(), batch_size=_BATCH_SIZE.value, stop=stop)
+
+
+def _build_reference(stop) -> int:
+  from diffit_jax.evaluation import images, measure
+
+  found = images.open_images(_BUILD.value, _DATA_DIR.value, _SPLIT.value)
+  measure.build_reference(_collector(stop), found, _OUT.value)
+  print(f"reference: {_OUT.value} ({found.num:,} images)")
+  return 0
+
+
+def _evaluate(stop) -> int:
+  from diffit_jax.evaluation import card, job, reference, scores, sweep
+  from diffit_jax.evaluation import measure as measure_lib
+
+  scores.choose(_METRICS.value, _FEATURES.value)  # a mistake would show late
+  name, values = sweep.parse(_SWEEP.value)
+  out = pathlib.Path(_OUT.value).expanduser()
+  job.prepare_output(out, is_folder=bool(name))
+  found = reference.read_reference(
+    _REFERENCE.value, _DATA_DIR.value, _SPLIT.value
+  )
+  collector = _collector(stop)
+  make = _images() if _SAMPLES.value else _network(collector.mesh, name)
+  measure = None
+  cards = {}
+  for value in values:
+    samples = make(value)
+    if measure is None:
+      measure = measure_lib.make_measure(
+        collector,
+        found,
+        samples.shape,
+        wanted=_METRICS.value,
+        per_class=_PER_CLASS.value,
+        partial=out / "reference" if name else out,
+      )
+    cards[value] = job.evaluate_to_file(
+      measure,
+      samples,
+      sweep.card_path(out, name, value),
+      num=_num(samples.available),
+      repeats=_REPEATS.value,
+    )
+    print(card.lines(cards[value]), flush=True)
+  if name:
+    print(f"plot: {sweep.write(name, cards, out)}")
+  measure_lib.remove_partial(out / "reference" if name else out)
+  return 0
+
+
+def _num(available: int | None) -> int:
+  """Samples of one run."""
+  made = available is None
+  return _SAMPLING.num.value or (
+    _NUM_MADE if made else available // _REPEATS.value
+  )
+
+
+def _images():
+  """The function from no value to the images of --samples."""
+  from diffit_jax.evaluation import images
+  from diffit_jax.evaluation.samples import ImageSamples
+
+  found = images.open_images(_SAMPLES.value, _DATA_DIR.value, _SPLIT.value)
+  return lambda _: ImageSamples(found)
+
+
+def _network(mesh, field: str | None):
+  """The function from a value of the swept field to a network's samples."""
+  from diffit_jax import models
+  from diffit_jax.autoencoder.codec import make_codec
+  from diffit_jax.evaluation import images
+  from diffit_jax.evaluation.collector import Stopped
+  from diffit_jax.evaluation.samples import ImageSamples, NetworkSamples
+  from diffit_jax.generation import job, weights
+
+  config = cli.required_config(_CONFIG) if _CONFIG.value is not None else None
+  if config is not None and _WORKDIR.value:
+    raise UserError("--config goes with --checkpoint: a workdir has its own")
+  if _WORKDIR.value:
+    loaded = weights.from_workdir(_WORKDIR.value, mesh, _SAMPLING.ema.value)
+  else:
+    loaded = weights.from_file(
+      _CHECKPOINT.value, mesh, _SAMPLING.ema.value, config
+    )
+  _SAMPLING.apply(loaded.config.sampler)
+  codec = make_codec(loaded.config, _SAMPLING.vae.value)
+  weights.warn_of_another_vae(loaded.config, codec)
+  seed, labels = _SAMPLING.seed.value, _SAMPLING.labels.value
+
+  def make(value: float | None):
+    config = loaded.config.copy_and_resolve_references()
+    folder = _KEEP.value
+    if field:
+      config.sampler[field] = value
+      folder = folder and f"{folder}/{field}={value:g}"
+    changed = dataclasses.replace(loaded, config=config)
+    model = models.make_model(config.model)
+    samples = NetworkSamples(
+      changed, model, mesh, seed=seed, labels=labels, codec=codec
+    )
+    if not folder:
+      return samples
+    result = job.sample_to_folder(
+      changed,
+      mesh,
+      folder,
+      num=_num(None) * _REPEATS.value,
+      seed=seed,
+      labels=labels,
+      batch_size=_BATCH_SIZE.value,
+      codec=codec,
+    )
+    if result is None:
+      raise Stopped
+    return ImageSamples(images.open_images(folder))
+
+  return make
+
+
+if __name__ == "__main__":
+  cli.run(main, many=True)

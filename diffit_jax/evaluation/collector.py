@@ -1,0 +1,213 @@
+"""Runs an extractor over batches of images, on all devices of all hosts.
+
+Each batch is split over the mesh, and its features (20 KB an image) come back
+whole to every process, which adds them up in float64, in order. So no number
+depends on how many devices or processes there are, but for the rounding of the
+network itself; and rows beyond the last image are dropped on the way.
+
+With a partial file, what was gathered is kept every few minutes and at SIGTERM,
+and the same call goes on from it, to the same bits.
+"""
+
+from collections.abc import Mapping
+import io
+import json
+import os
+import pathlib
+import time
+import zipfile
+
+from absl import logging
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from diffit_jax.errors import UserError
+from diffit_jax.evaluation.batches import Batches
+from diffit_jax.evaluation.extractor import Extractor
+from diffit_jax.evaluation.statistics import Statistics
+from diffit_jax.parallel import runtime
+from diffit_jax.parallel.mesh import (
+  batch_sharding,
+  check_batch,
+  place,
+  replicated,
+)
+from diffit_jax.progress import Progress
+from diffit_jax.stop import StopRequest
+
+_SAVE_SECONDS = 120
+
+
+class Stopped(Exception):
+  """SIGTERM came; what was gathered is kept, where there is a file for it."""
+
+
+class Collector:
+  """An extractor on a mesh.
+
+  Attributes:
+    extractor: what makes the features.
+    mesh: of the devices.
+  """
+
+  def __init__(
+    self,
+    extractor: Extractor,
+    mesh: Mesh,
+    *,
+    batch_size: int = 64,
+    stop: StopRequest | None = None,
+  ):
+    """Copies the extractor's weights to the devices.
+
+    Args:
+      extractor: of the feature space.
+      mesh: of the devices.
+      batch_size: images per call, over all devices; rounded up to fill them.
+      stop: asked after every batch; None never stops.
+    """
+    self.extractor, self.mesh = extractor, mesh
+    self._batch_size = -(-batch_size // mesh.size) * mesh.size
+    check_batch(mesh, self._batch_size, "batch_size")
+    self._stop, self._num_batches = stop, 0
+    whole = replicated(mesh)
+    self._params = jax.tree.map(lambda x: place(x, whole), extractor.params)
+    self._run = jax.jit(
+      extractor.apply,
+      in_shardings=(whole, batch_sharding(mesh)),
+      out_shardings=whole,
+    )
+
+  def collect(
+    self,
+    batches: Batches,
+    label: str,
+    *,
+    held: np.ndarray | None = None,
+    partial: "PartialFile | None" = None,
+    quiet: bool = False,
+  ) -> Statistics:
+    """Statistics of all images of `batches`.
+
+    Args:
+      batches: the images.
+      label: for the progress display.
+      held: sorted indices of the images whose features are kept; None for all.
+      partial: where to keep, and to find, what is gathered.
+      quiet: shows no progress.
+
+    Raises:
+      Stopped: SIGTERM came first.
+    """
+    gathered = Statistics(held)
+    if partial is not None:
+      partial.load(gathered)
+    progress = Progress(
+      batches.num,
+      label,
+      "images",
+      gathered.num,
+      quiet=quiet or not runtime.is_first(),
+    )
+    with progress:
+      self._collect(batches, gathered, partial, progress)
+    batches.finish()
+    if partial is not None:
+      partial.save(gathered)  # what follows may be stopped, too
+    return gathered
+
+  def _collect(self, batches, gathered, partial, progress) -> None:
+    """One batch ahead: the devices work while the last features are added."""
+    waiting = None
+    for start in range(gathered.num, batches.num, self._batch_size):
+      images = batches.get(start, self._batch_size)
+      features = self._run(self._params, images)
+      if waiting is not None:
+        self._add(waiting, batches, gathered, partial, progress)
+      waiting = features
+    if waiting is not None:
+      self._add(waiting, batches, gathered, partial, progress)
+
+  def _add(self, features, batches, gathered, partial, progress) -> None:
+    wanted = min(self._batch_size, batches.num - gathered.num)
+    found = {name: np.asarray(x)[:wanted] for name, x in features.items()}
+    bad = [name for name, x in found.items() if not np.isfinite(x).all()]
+    if bad:
+      raise UserError(
+        f"features ({', '.join(bad)}) of images {gathered.num} to"
+        f" {gathered.num + wanted - 1} are not finite: the weights of the"
+        f" {self.extractor.name} network are damaged or not what they should be"
+      )
+    gathered.update(found)
+    progress.update(wanted)
+    self._num_batches += 1
+    if self._stop is not None:
+      self._stop.at_step(self._num_batches)
+      if self._stop.requested and gathered.num < batches.num:
+        if partial is not None:
+          partial.save(gathered)
+        raise Stopped
+    if partial is not None:
+      partial.save_now_and_then(gathered)
+
+
+class PartialFile:
+  """What was gathered so far, with the settings that it was gathered under."""
+
+  def __init__(self, path: str | os.PathLike, settings: Mapping):
+    """`settings`: JSON-able; a file of other settings is passed over."""
+    self.path = pathlib.Path(path)
+    self._settings = json.dumps(settings, sort_keys=True)
+    self._saved_at = time.monotonic()
+
+  def load(self, gathered: Statistics) -> None:
+    """Goes on from the file, in all processes or in none."""
+    state = self._read()
+    num = int(state["num"]) if state else 0
+    try:
+      runtime.check_same("partial result", str(num))
+    except UserError:
+      return
+    if num:
+      logging.info("going on from %s, %d images", self.path, num)
+      gathered.restore(state)
+
+  def _read(self) -> dict[str, np.ndarray]:
+    try:
+      with np.load(self.path, allow_pickle=False) as file:
+        if str(file["settings"]) != self._settings:
+          return {}
+        return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+      return {}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+      logging.warning("%s is damaged: starting anew", self.path)
+      return {}
+
+  def save_now_and_then(self, gathered: Statistics) -> None:
+    """Saves where the last save is a while ago."""
+    if time.monotonic() - self._saved_at > _SAVE_SECONDS:
+      self.save(gathered)
+
+  def save(self, gathered: Statistics) -> None:
+    """Writes the file anew, whole or not at all."""
+    self._saved_at = time.monotonic()
+    if not runtime.is_first():
+      return
+    new = self.path.with_name(f"{self.path.name}.new")
+    try:
+      with new.open("wb", buffering=io.DEFAULT_BUFFER_SIZE) as file:
+        np.savez(file, settings=self._settings, **gathered.state())
+      os.replace(new, self.path)
+    except OSError as error:
+      new.unlink(missing_ok=True)
+      raise UserError(
+        f"cannot write {self.path}: {error}; free some space, then run the same"
+        " command again"
+      ) from error
+
+  def remove(self) -> None:
+    """Deletes the file, once what it was for is done."""
+    if runtime.is_first():
+      self.path.unlink(missing_ok=True)

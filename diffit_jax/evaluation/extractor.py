@@ -1,0 +1,137 @@
+"""What turns images into features: a pure function and its parameters.
+
+Everything that scores images (`features`, the cards) sees an `Extractor` and
+not a network, so that another one can stand in for the Inception.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffit_jax.errors import UserError
+from diffit_jax.evaluation import inception, inception_weights
+from diffit_jax.evaluation import resize as resize_lib
+
+# CHOICE: images per call where the caller has no mesh. More gain nothing on a
+# CPU.
+_BATCH_SIZE = {"cpu": 8}
+_ACCELERATOR_BATCH_SIZE = 128
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Extractor:
+  """A network that gives features.
+
+  Attributes:
+    name: of the network.
+    about: what a score must say of it; can be written as JSON.
+    params: pytree of arrays, the first argument of `apply`.
+    apply: (params, [b, h, w, 3] uint8) -> {name: [b, dim] float32}, "pool"
+      always among them. Pure, and no image has a part in another's features:
+      under jit it may be split over a mesh by images.
+  """
+
+  name: str
+  about: Mapping[str, Any]
+  params: Any
+  apply: Callable[[Any, jax.Array], dict[str, jax.Array]]
+
+  @functools.cached_property
+  def _jitted(self) -> Callable:
+    return jax.jit(self.apply)
+
+  @functools.cached_property
+  def _on_device(self) -> Any:
+    return jax.device_put(self.params)
+
+  def outputs(self, images) -> dict[str, np.ndarray]:
+    """All features of any number of images, in batches of one size.
+
+    Compiled once per size of images; the last batch is padded.
+
+    Args:
+      images: [n, h, w, 3] uint8.
+
+    Returns:
+      What `apply` gives, as numpy arrays of n rows.
+
+    Raises:
+      UserError: other images than these.
+    """
+    images = np.asarray(images)
+    check_images(images)
+    size = _BATCH_SIZE.get(jax.default_backend(), _ACCELERATOR_BATCH_SIZE)
+    parts = []
+    for start in range(0, max(len(images), 1), size):
+      batch = images[start : start + size]
+      num = len(batch)
+      batch = np.pad(batch, [(0, size - num)] + [(0, 0)] * 3)
+      found = self._jitted(self._on_device, batch)
+      parts.append(jax.tree.map(lambda a, num=num: np.asarray(a)[:num], found))
+    return jax.tree.map(lambda *a: np.concatenate(a), *parts)
+
+
+class InceptionExtractor(Extractor):
+  """The FID Inception."""
+
+  def features(self, images) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features of [n, h, w, 3] uint8 images, any n.
+
+    Returns:
+      pool [n, 2048]; logits [n, 1008], without the bias; spatial [n, 2023];
+      all float32.
+    """
+    found = self.outputs(images)
+    return found["pool"], found["logits"], found["spatial"]
+
+
+def check_images(images: np.ndarray) -> None:
+  """Raises a UserError unless images are [n, h, w, 3] uint8."""
+  if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+    raise UserError(
+      f"images are {images.dtype} of shape {images.shape}: features are taken"
+      " of uint8 images [n, h, w, 3]"
+    )
+  if 0 in images.shape[1:3]:
+    raise UserError(f"images of shape {images.shape} have no pixels")
+
+
+def load_inception(
+  path_or_state: str | os.PathLike | Mapping, resize: str = "tf1"
+) -> InceptionExtractor:
+  """The FID Inception with the weights of a file.
+
+  Args:
+    path_or_state: safetensors file in the layout of the PyTorch port, or the
+      same as {name: array}.
+    resize: rule by which images become 299 x 299, "tf1" or "pytorch_fid".
+
+  Returns:
+    An extractor whose `about` holds the name, the SHA-256 of the weights and
+    the rule.
+
+  Raises:
+    UserError: another rule, or weights that do not fit; see
+      `inception_weights.read_state`.
+  """
+  resize_lib.check_rule(resize)
+  state = inception_weights.read_state(path_or_state)
+  about = {
+    "name": "inception",
+    "sha256": inception_weights.digest(state),
+    "resize": resize,
+  }
+  params = inception_weights.fold(state)
+  network = inception.Inception()
+
+  def apply(params, images):
+    x = resize_lib.prepare(jnp.asarray(images), inception.SIDE, resize)
+    return network.apply({"params": params}, x)
+
+  return InceptionExtractor("inception", about, params, apply)

@@ -1,0 +1,338 @@
+"""Frechet, inception and kernel metrics: closed forms and plain float64."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import linalg
+
+from diffit_jax.errors import UserError
+from diffit_jax.evaluation import metrics
+from diffit_jax.evaluation.metrics import (
+  InceptionScore,
+  frechet_distance,
+  inception_score,
+  kernel_inception_distance,
+  kid_blocks,
+)
+from diffit_jax.evaluation.moments import Moments
+
+
+def moments_of(x) -> tuple[np.ndarray, np.ndarray]:
+  return x.mean(0), np.cov(x, rowvar=False)
+
+
+def features(n: int, d: int, seed: int, decay: float = 0.0) -> np.ndarray:
+  """[n, d] correlated features; `decay` orders of magnitude of deviations."""
+  rng = np.random.default_rng(seed)
+  mixed = rng.normal(size=(n, d)) * np.logspace(0, -decay, d)
+  return mixed @ rng.normal(size=(d, d)) / np.sqrt(d) + 0.1 * rng.normal(size=d)
+
+
+def by_matrix_root(mu1, sigma1, mu2, sigma2) -> float:
+  """(1) of the module as it stands, with scipy's general matrix root."""
+  root = np.real(linalg.sqrtm(sigma1 @ sigma2))
+  return np.sum((mu1 - mu2) ** 2) + np.trace(sigma1 + sigma2 - 2 * root)
+
+
+def by_factors(x, y) -> float:
+  """(1) from centred data: Sigma = A A^T, trace term = nuclear norm of A^T B.
+
+  Uses no covariance, hence squares no condition number.
+  """
+  a, b = ((v - v.mean(0)) / np.sqrt(len(v) - 1) for v in (x, y))
+  cross = np.linalg.norm(a @ b.T, "nuc")
+  traces = np.sum(a**2) + np.sum(b**2)
+  return np.sum((x.mean(0) - y.mean(0)) ** 2) + traces - 2 * cross
+
+
+def test_frechet_golden():
+  # A float64 figure from a separate program.
+  found = frechet_distance(
+    [0, 0], [[1, 0.2], [0.2, 2]], [1, -1], [[1.5, -0.3], [-0.3, 0.8]]
+  )
+  assert found == pytest.approx(2.429688695453, abs=1e-12)
+  assert isinstance(found, float)
+
+
+def test_frechet_in_one_dimension():
+  """(m1 - m2)^2 + (s1 - s2)^2."""
+  assert frechet_distance([1], [[4]], [3], [[25]]) == pytest.approx(13)
+
+
+@pytest.mark.parametrize("decay", [0, 1.5])
+def test_frechet_equals_the_matrix_root(decay):
+  a = moments_of(features(400, 40, 0, decay))
+  b = moments_of(features(300, 40, 1, decay) * 1.1)
+  assert frechet_distance(*a, *b) == pytest.approx(
+    by_matrix_root(*a, *b), rel=1e-9
+  )
+
+
+# [n1, n2] of 64 dimensions: singular both, either, neither, of rank 1.
+@pytest.mark.parametrize(
+  "n1, n2", [(20, 30), (20, 500), (500, 20), (500, 400), (2, 2), (2, 300)]
+)
+@pytest.mark.parametrize("decay", [0, 4])
+def test_frechet_of_singular_covariances(n1, n2, decay):
+  """Deviations over `decay` orders, covariances over twice as many."""
+  x, y = features(n1, 64, 0, decay), features(n2, 64, 1, decay)
+  expected = by_factors(x, y)
+  found = frechet_distance(*moments_of(x), *moments_of(y))
+  assert found == pytest.approx(expected, rel=1e-7)
+  backward = frechet_distance(*moments_of(y), *moments_of(x))
+  assert backward == pytest.approx(expected, rel=1e-7)
+
+
+def test_frechet_of_copied_columns():
+  x, y = features(300, 16, 0), features(200, 16, 1)
+  x, y = np.tile(x, 4), np.tile(y, 4)
+  found = frechet_distance(*moments_of(x), *moments_of(y))
+  assert found == pytest.approx(by_factors(x, y), rel=1e-9)
+
+
+def test_frechet_of_commuting_covariances():
+  """sum (sqrt a - sqrt b)^2 in any common basis, zeros included."""
+  rng = np.random.default_rng(0)
+  basis = np.linalg.qr(rng.normal(size=(50, 50)))[0]
+  a, b = rng.uniform(0, 2, (2, 50))
+  a[:10], b[5:20] = 0, 0
+  a[20], b[21] = 1e-9, 1e-9  # and nearly
+  sigmas = [(basis * v) @ basis.T for v in (a, b)]
+  zero = np.zeros(50)
+  found = frechet_distance(zero, sigmas[0], zero, sigmas[1])
+  expected = np.sum((np.sqrt(a) - np.sqrt(b)) ** 2)
+  assert found == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("n", [2, 20, 500])
+def test_frechet_to_itself_is_zero(n):
+  mu, sigma = moments_of(features(n, 64, 0, decay=2))
+  found = frechet_distance(mu, sigma, mu, sigma)
+  assert 0 <= found < 1e-12 * np.trace(sigma)
+  moved = frechet_distance(mu, sigma, mu + 0.5, sigma)
+  assert moved == pytest.approx(64 * 0.25, rel=1e-12)  # translation
+
+
+def test_frechet_is_equivariant():
+  x, y = features(100, 24, 0), features(90, 24, 1)
+  value = frechet_distance(*moments_of(x), *moments_of(y))
+  scaled = frechet_distance(*moments_of(7 * x), *moments_of(7 * y))
+  assert scaled == pytest.approx(49 * value, rel=1e-10)
+  basis = np.linalg.qr(np.random.default_rng(2).normal(size=(24, 24)))[0]
+  turned = frechet_distance(*moments_of(x @ basis), *moments_of(y @ basis))
+  assert turned == pytest.approx(value, rel=1e-10)
+  shifted = frechet_distance(*moments_of(x + 9), *moments_of(y + 9))
+  assert shifted == pytest.approx(value, rel=1e-10)
+
+
+def test_frechet_of_moments_in_float32():
+  """Stored in float32 a singular covariance has eigenvalues below 0."""
+  x, y = features(20, 64, 0), features(30, 64, 1)
+  exact = by_factors(x, y)
+  stored = [jnp.float32(v) for v in (*moments_of(x), *moments_of(y))]
+  assert frechet_distance(*stored) == pytest.approx(exact, rel=1e-3)
+
+
+def test_frechet_reads_both_triangles():
+  """A covariance that rounding left a little asymmetric counts as its mean."""
+  mu, sigma = moments_of(features(100, 8, 0))
+  other = moments_of(features(100, 8, 1))
+  skewed = sigma * (1 + 1e-4 * np.triu(np.ones((8, 8)), 1))
+  found = frechet_distance(mu, skewed, *other)
+  assert found == pytest.approx(
+    frechet_distance(mu, (skewed + skewed.T) / 2, *other), rel=1e-12
+  )
+  assert abs(found / frechet_distance(mu, sigma, *other) - 1) > 1e-9
+
+
+def test_frechet_of_streamed_features():
+  x, y = features(2100, 20, 0), features(80, 20, 1)
+  streams = []
+  for v in (x, y):
+    stream = Moments(20)
+    for start in range(0, len(v), 64):
+      stream.update(v[start : start + 64])
+    streams += [stream.mean, stream.covariance()]
+  assert frechet_distance(*streams) == pytest.approx(by_factors(x, y), rel=1e-9)
+
+
+def test_frechet_refusals():
+  mu, eye = np.zeros(2), np.eye(2)
+  with pytest.raises(UserError, match="sets have 2 and 3 dimensions"):
+    frechet_distance(mu, eye, np.zeros(3), np.eye(3))
+  with pytest.raises(
+    UserError, match=r"second set must .* \(2,\) and \(3, 3\)"
+  ):
+    frechet_distance(mu, eye, mu, np.eye(3))
+  with pytest.raises(UserError, match="first set must be"):
+    frechet_distance(eye, eye, mu, eye)
+  with pytest.raises(UserError, match="second set is not finite"):
+    frechet_distance(mu, eye, mu, [[1, np.nan], [np.nan, 1]])
+  with pytest.raises(UserError, match="first set is not finite"):
+    frechet_distance([0, np.inf], eye, mu, eye)
+  with pytest.raises(UserError, match="first set is not symmetric"):
+    frechet_distance(mu, [[1, 0.5], [0, 1]], mu, eye)
+  with pytest.raises(UserError, match="second set has the eigenvalue -1 "):
+    frechet_distance(mu, eye, mu, [[0, 1], [1, 0]])
+
+
+P = np.array(
+  [[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.25, 0.25, 0.5], [0.6, 0.3, 0.1]]
+)
+
+
+# Float64 figures from a separate program.
+@pytest.mark.parametrize(
+  "split, expected", [(5000, 1.2335550097), (2, 1.1835806026)]
+)
+def test_inception_score_golden(split, expected):
+  logits = np.log(P) + np.array([[5.0], [-100], [0], [900]])
+  assert inception_score(logits, split) == pytest.approx(expected, abs=6e-11)
+
+
+def naive_inception_score(logits, split_size) -> float:
+  scores = []
+  for start in range(0, len(logits), split_size):
+    exps = np.exp(np.asarray(logits[start : start + split_size], np.float64))
+    p = exps / exps.sum(1, keepdims=True)
+    divergence = (p * (np.log(p) - np.log(p.mean(0)))).sum(1)
+    scores.append(np.exp(divergence.mean()))
+  return np.mean(scores)
+
+
+# Splits that do and do not divide 2500, shorter and longer than a chunk.
+@pytest.mark.parametrize("split", [1, 100, 999, 1024, 2000, 2500, 5000])
+def test_inception_score_equals_the_plain_formula(split):
+  logits = 3 * np.random.default_rng(0).normal(size=(2500, 30))
+  expected = naive_inception_score(logits, split)
+  assert inception_score(logits, split) == pytest.approx(expected, rel=1e-12)
+  halves = logits.astype(np.float16)
+  assert inception_score(halves, split) == pytest.approx(
+    naive_inception_score(halves, split), rel=1e-12
+  )
+
+
+@pytest.mark.parametrize("size", [1, 13, 700, 2500])
+def test_inception_score_of_any_batches(size):
+  logits = 3 * np.random.default_rng(0).normal(size=(2500, 30))
+  score = InceptionScore(999)
+  for start in range(0, len(logits), size):
+    score.update(logits[start : start + size])
+    score.result()  # changes nothing
+  assert score.result() == pytest.approx(
+    inception_score(logits, 999), rel=1e-12
+  )
+
+
+def test_inception_score_holds_sums_only():
+  score = InceptionScore(500)
+  score.update(np.random.default_rng(0).normal(size=(1700, 10)))
+  held = [np.size(value) for value in vars(score).values()]
+  assert sum(held) < 20  # 3 scores, 10 sums, 3 numbers
+
+
+def test_inception_score_limits():
+  """1 for equal rows, c for certain and balanced ones; between otherwise."""
+  same = np.tile([1.0, 2, 3, 4], (20, 1))
+  assert inception_score(same) == pytest.approx(1, rel=1e-12)
+  certain = 1e4 * np.eye(8)  # naive probabilities of 0: 0 ln 0
+  assert inception_score(certain) == pytest.approx(8, rel=1e-12)
+  # Sorted by class, each split has but one.
+  assert inception_score(np.repeat(certain, 10, 0), 10) == pytest.approx(1)
+  # The short last split of one sample scores 1, with full weight.
+  assert inception_score(certain[[0, 1, 2]], 2) == pytest.approx(1.5)
+
+
+def test_inception_score_refusals():
+  with pytest.raises(UserError, match="no logits yet"):
+    InceptionScore().result()
+  with pytest.raises(UserError, match="no logits yet"):
+    inception_score(np.zeros((0, 3)))
+  with pytest.raises(UserError, match="logits hold an infinity"):
+    inception_score([[0.0, np.inf]])
+  with pytest.raises(UserError, match="split_size=0"):
+    InceptionScore(0)
+  score = InceptionScore()
+  score.update(np.zeros((2, 3)))
+  with pytest.raises(UserError, match="of 4 classes, after 3"):
+    score.update(np.zeros((2, 4)))
+
+
+def double_sum(x, y) -> float:
+  """The unbiased estimate, pair by pair."""
+  kernel = lambda a, b: (sum(a * b) / len(a) + 1) ** 3
+  pairs = lambda v: np.mean(
+    [kernel(a, b) for i, a in enumerate(v) for j, b in enumerate(v) if i != j]
+  )
+  return pairs(x) + pairs(y) - 2 * np.mean([kernel(a, b) for a in x for b in y])
+
+
+def test_kernel_distance_equals_the_double_sum():
+  x, y = features(23, 5, 0), features(17, 5, 1) + 0.5
+  expected = double_sum(x, y)
+  assert kernel_inception_distance(x, y) == pytest.approx(expected, rel=1e-12)
+  assert kernel_inception_distance(jnp.float32(x), y) == pytest.approx(
+    expected, rel=1e-6
+  )
+
+
+def test_kernel_distance_by_hand():
+  """x = 0, 1 and y = 2, 3: k(0, 1) + k(2, 3) - 2 mean(1, 1, 27, 64)."""
+  found = kernel_inception_distance([[0.0], [1]], [[2.0], [3]])
+  assert found == pytest.approx(1 + 343 - 2 * 93 / 4, rel=1e-12)
+
+
+def test_kernel_distance_is_unbiased():
+  """Mean 0 over draws of one distribution, within 4 standard errors.
+
+  The biased estimate, with its diagonals, is 20 of them above.
+  """
+  draws = np.random.default_rng(0).normal(size=(400, 2, 12, 3))
+  found = np.array([kernel_inception_distance(x, y) for x, y in draws])
+  assert abs(found.mean()) < 4 * found.std() / 20
+  assert found.min() < 0 < found.max()
+
+
+def test_kernel_blocks():
+  x, y = features(250, 4, 0), features(60, 4, 1) + 1.0
+  blocks = kid_blocks(x, y, block_size=100)
+  assert blocks.shape == (3,) and blocks.dtype == np.float64
+  assert kernel_inception_distance(x, y, 100) == blocks.mean()
+  np.testing.assert_array_equal(blocks, kid_blocks(x, y, 100))
+  assert kid_blocks(x, y, 250).shape == kid_blocks(x, y, 1000).shape == (1,)
+  whole = kernel_inception_distance(x, y)
+  assert blocks.mean() == pytest.approx(whole, rel=0.2)  # 3 parts of the data
+
+
+def test_kernel_blocks_are_shuffled():
+  """Sorted data: without a shuffle each block would compare unlike classes."""
+  rng = np.random.default_rng(0)
+  x, y = rng.normal(size=(2, 3000, 2))
+  x[:, 0] += np.repeat([0, 2, 4], 1000)
+  y[:, 0] += np.repeat([4, 2, 0], 1000)
+  blocks = kid_blocks(x, y)
+  error = blocks.std(ddof=1) / np.sqrt(3)
+  aligned = [metrics._unbiased_mmd(x[i::3], y[i::3]) for i in range(3)]
+  unshuffled = metrics._unbiased_mmd(x[:1000], y[:1000])
+  assert abs(blocks.mean()) < 0.05 * unshuffled
+  assert abs(np.mean(aligned)) < 0.05 * unshuffled and error < unshuffled
+
+
+def test_kernel_blocks_hold_every_point_once():
+  x = np.arange(1037.0)[:, None]
+  parts = list(metrics._blocks(x, 11, seed=0))
+  assert {len(part) for part in parts} == {94, 95}
+  np.testing.assert_array_equal(np.sort(np.concatenate(parts), 0), x)
+
+
+def test_kernel_refusals():
+  x = np.random.default_rng(0).normal(size=(50, 3))
+  with pytest.raises(UserError, match="50 and 9 points make 5 blocks .* fewer"):
+    kid_blocks(x, x[:9], block_size=10)
+  assert kid_blocks(x, x[:10], block_size=10).shape == (5,)
+  with pytest.raises(UserError, match="fewer than two"):
+    kernel_inception_distance(x[:1], x[:1])
+  with pytest.raises(UserError, match="block_size=1 "):
+    kid_blocks(x, x, block_size=1)
+  with pytest.raises(UserError, match="both must come from the same layer"):
+    kid_blocks(x, x[:, :2])
