@@ -158,11 +158,15 @@ def _compare(paths: list[str]) -> int:
 def _collector(stop):
   """The feature space, on all devices."""
   from diffit_jax.evaluation import spaces
-  from diffit_jax.evaluation.collector import Collector
+  from diffit_jax.evaluation.collector import Collector, asking
   from diffit_jax.parallel.mesh import make_mesh
 
-  space = spaces.open_space(_FEATURES.value, _INCEPTION.value, _RESIZE.value)
-  return Collector(space, make_mesh(), batch_size=_BATCH_SIZE.value, stop=stop)
+  return Collector(
+    spaces.open_space(_FEATURES.value, _INCEPTION.value, _RESIZE.value),
+    make_mesh(),
+    batch_size=_BATCH_SIZE.value,
+    should_stop=asking(stop),
+  )
 
 
 def _build_reference(stop) -> int:
