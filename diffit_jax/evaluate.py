@@ -185,11 +185,11 @@ def _evaluate(stop) -> int:
   scores.choose(_METRICS.value, _FEATURES.value)  # a mistake would show late
   name, values = sweep.parse(_SWEEP.value)
   out = pathlib.Path(_OUT.value).expanduser()
-  job.prepare_output(out, is_folder=bool(name))
+  collector = _collector(stop)
   found = reference.read_reference(
     _REFERENCE.value, _DATA_DIR.value, _SPLIT.value
   )
-  collector = _collector(stop)
+  job.prepare_output(out, is_folder=bool(name))
   make = _images() if _SAMPLES.value else _network(collector.mesh, name)
   measure = None
   cards = {}

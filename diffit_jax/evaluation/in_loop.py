@@ -25,7 +25,7 @@ from diffit_jax.generation import weights
 from diffit_jax.parallel import runtime
 from diffit_jax.parallel.mesh import replicated
 
-_PER_DEVICE = 32  # images of a call
+_PER_DEVICE = 32  # images of a call, at most
 # CHOICE: not the seed 0 of the sample grids and of `sample`: scores that choose
 # a checkpoint are then not those of the samples that it is published with.
 _SEED = 1_000_003
@@ -71,7 +71,10 @@ class Evaluator:
     )
     space = spaces.open_space(options.features, inception)
     self._collector = Collector(
-      space, mesh, batch_size=_PER_DEVICE * mesh.size, should_stop=should_stop
+      space,
+      mesh,
+      batch_size=min(_PER_DEVICE * mesh.size, options.num),
+      should_stop=should_stop,
     )
     self._gather = jax.jit(lambda x: x, out_shardings=replicated(mesh))
     self._make_samples = lambda loaded: NetworkSamples(
