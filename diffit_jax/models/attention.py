@@ -139,14 +139,15 @@ class TMSA(nn.Module):
     qkv += dense("qkv_temb")(time)[:, None, None, :]
     qkv = self.constrain(qkv)
 
-    q, k, v = einops.rearrange(
-      qkv,
-      "b (i p) (j q) (which h d) -> which b (i j) (p q) h d",
-      which=3,
+    windowed = lambda x: einops.rearrange(
+      x,
+      "b (i p) (j q) (h d) -> b (i j) (p q) h d",
       h=self.num_heads,
       p=window,
       q=window,
     )
+    # Cut, then rearranged: so the gradients are joined, not padded and added.
+    q, k, v = map(windowed, jnp.split(qkv, 3, axis=-1))
     out = attend(q, k, v, bias, self.attention)
     out = einops.rearrange(
       out,
