@@ -82,6 +82,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
 
   config.diffusion = config_dict.ConfigDict()
   config.diffusion.kind = "edm"  # Karras et al. 2022
+  config.diffusion.precond = "edm"  # or vp, ve
   config.diffusion.sigma_data = 0.5  # std of the images in [-1, 1]
   config.diffusion.P_mean = -1.2  # mean of ln sigma in training
   config.diffusion.P_std = 1.2  # its standard deviation
