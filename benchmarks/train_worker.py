@@ -9,6 +9,7 @@ import resource
 
 from flax import traverse_util
 import jax
+from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
@@ -185,7 +186,7 @@ class Network:
     kept = {
       id(var): var.aval.size * var.aval.dtype.itemsize
       for var in jaxpr.outvars
-      if hasattr(var, "count") and id(var) not in given
+      if isinstance(var, core.Var) and id(var) not in given
     }
     return sum(kept.values())
 
