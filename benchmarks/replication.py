@@ -1,0 +1,311 @@
+"""TMSA against its alternatives on digits: many short runs, a table, a plot.
+
+  python benchmarks/replication.py [--out=runs/replication]
+  python benchmarks/replication.py --only=window2,tmsa,window8    # Figure 8
+
+Trains configs/digits.py once for every variant of VARIANTS and every seed, as
+`diffit_jax.main` does, and scores samples of the averaged weights: the share
+that a classifier fitted on real digits takes for the digit asked for, and the
+Fréchet distance to the real digits in the features of another one. Samples are
+class-conditional, without guidance, from the same initial noise in every run.
+Equal steps, batch and data order per seed; parameters are as near to each other
+as widths allow: an alternative with a smaller path for time gets a wider time
+token (`fields` below).
+
+A finished run is a file <out>/runs/<variant>-<seed>.json; a killed one goes on
+from its last checkpoint when the same command is started again. At the end, and
+of what is there so far, results.json, table.md and plot.png are written.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import statistics
+import time
+
+from absl import flags
+import numpy as np
+
+from configs import digits
+from diffit_jax import cli
+from diffit_jax.errors import UserError
+
+_OUT = flags.DEFINE_string("out", "runs/replication", "Folder of all runs.")
+_ONLY = flags.DEFINE_list("only", [], "Variants; default all.")
+_SEEDS = flags.DEFINE_integer("seeds", 5, "Runs of each variant.", 1)
+_STEPS = flags.DEFINE_integer("steps", 400, "Training steps of a run.", 1)
+_NUM = flags.DEFINE_integer("num", 1000, "Samples that score a run.", 2)
+_MAX_RUNS = flags.DEFINE_integer(
+  "max_runs", None, "Stop after so many more runs; start again to go on.", 1
+)
+_DEBUG = flags.DEFINE_bool("debug", False, "A network too small to learn.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """One way in which time meets attention, or one window.
+
+  Attributes:
+    name: of its runs and on the plot.
+    item: of the paper.
+    what: in words.
+    arg: argument string of configs/digits.py.
+    fields: of config.model, set so that the number of parameters is that of
+      the default as nearly as it can be.
+  """
+
+  name: str
+  item: str
+  what: str
+  arg: str = ""
+  fields: tuple[tuple[str, int], ...] = ()
+
+
+VARIANTS = (
+  Variant("tmsa", "T6 H, T7, T8, Fig. 8", "TMSA, window 4: the default"),
+  Variant("window2", "Fig. 8", "TMSA, window 2", "window=2"),
+  Variant("window8", "Fig. 8", "TMSA, window 8: global", "window=8"),
+)
+
+# Score -> (its name on the plot and in the table, digits after the point).
+SCORES = {
+  "recognised": ("recognised as asked", 3),
+  "frechet_digits": ("Fréchet distance, digits' features", 2),
+  "loss": ("training loss, last tenth", 2),
+}
+
+
+def main() -> int:
+  chosen = choose(_ONLY.value)
+  out = pathlib.Path(_OUT.value)
+  left = _MAX_RUNS.value
+  runs = []
+  for seed in range(_SEEDS.value):
+    for variant in chosen:
+      path = out / "runs" / f"{variant.name}-{seed}.json"
+      if not path.exists() and left != 0:
+        if not run(variant, seed, path):
+          return cli.REQUEUE
+        left = left and left - 1
+      if path.exists():
+        runs.append(read(path))
+  report(runs, out)
+  is_done = len(runs) == _SEEDS.value * len(chosen)
+  return 0 if is_done else cli.REQUEUE
+
+
+def choose(names: Sequence[str]) -> list[Variant]:
+  """Variants by name, in the order of the table; all for no names."""
+  known = {variant.name: variant for variant in VARIANTS}
+  unknown = [name for name in names if name not in known]
+  if unknown:
+    raise UserError(f"--only={unknown[0]}: use some of {', '.join(known)}")
+  return [v for v in VARIANTS if not names or v.name in names]
+
+
+def settings() -> dict:
+  """What two runs must share to stand in one table."""
+  return {"steps": _STEPS.value, "num": _NUM.value, "debug": _DEBUG.value}
+
+
+def read(path: pathlib.Path) -> dict:
+  """A finished run; refuses one of other settings."""
+  found = json.loads(path.read_text())
+  if found["settings"] != settings():
+    raise UserError(
+      f"{path} was made with {found['settings']}, and these are {settings()}:"
+      " use another --out"
+    )
+  return found
+
+
+def make_config(variant: Variant, seed: int):
+  """The digits' config for one run."""
+  debug = ("debug",) if _DEBUG.value else ()
+  config = digits.get_config(",".join(filter(None, (variant.arg, *debug))))
+  config.model.update(dict(variant.fields))
+  config.seed = seed
+  config.total_steps = _STEPS.value
+  config.sample_every_steps = 0
+  config.save_every_steps = max(_STEPS.value // 4, 1)
+  config.log_every_steps = max(_STEPS.value // 10, 1)
+  config.sampler.guidance_scale = 1.0
+  return config
+
+
+def run(variant: Variant, seed: int, path: pathlib.Path) -> bool:
+  """Trains and scores one run into `path`; False where SIGTERM came first."""
+  import jax
+
+  from diffit_jax.data import preparation
+  from diffit_jax.data.builders import digits as builder
+  from diffit_jax.training.loop import train
+
+  start = time.monotonic()
+  config = make_config(variant, seed)
+  workdir = path.with_suffix("")
+  data_dir = os.environ.get("TFDS_DATA_DIR") or str(path.parent.parent / "data")
+  preparation.prepare(**builder.recipe(), data_dir=data_dir)
+  if not train(config, workdir, data_dir):
+    return False
+  train_seconds = time.monotonic() - start
+  found = {
+    "variant": variant.name,
+    "config": f"configs/digits.py:{variant.arg}".removesuffix(":"),
+    "fields": dict(variant.fields),
+    "seed": seed,
+    "settings": settings(),
+    **score(variant, workdir, data_dir),
+    "train_seconds": round(train_seconds, 1),
+    "seconds": round(time.monotonic() - start, 1),
+    "jax": jax.__version__,
+    "cores": os.cpu_count(),
+  }
+  partial = path.with_name(f"{path.name}.partial")
+  partial.write_text(json.dumps(found, indent=2) + "\n")
+  os.replace(partial, path)
+  print(
+    f"{path.stem}: {', '.join(f'{k} {found[k]:.3f}' for k in SCORES)}"
+    f" ({found['seconds']:.0f} s)",
+    flush=True,
+  )
+  return True
+
+
+def score(variant: Variant, workdir: pathlib.Path, data_dir: str) -> dict:
+  """The scores of a trained run, and its number of parameters."""
+  import jax
+
+  from diffit_jax import demo
+  from diffit_jax.evaluation import images, job
+  from diffit_jax.evaluation.samples import ImageSamples
+  from diffit_jax.generation import weights
+  from diffit_jax.parallel.mesh import make_mesh
+  from diffit_jax.training import storage
+
+  loaded = weights.from_workdir(workdir, make_mesh())
+  log = storage.read_note(
+    storage.absolute(workdir) / "checkpoints", loaded.step, "last_log"
+  )
+  index = np.arange(_NUM.value, dtype=np.uint32)
+  labels = (index % 10).astype(np.int32)
+  made = np.asarray(generator(variant)(loaded.params, 0, index, labels))
+  recognised, recognised_real = demo.score(made, labels)
+  card = job.evaluate(
+    measure(data_dir), ImageSamples(images.open_images(made)), num=len(made)
+  )
+  return {
+    "parameters": sum(leaf.size for leaf in jax.tree.leaves(loaded.params)),
+    "loss": log["loss"],
+    "recognised": recognised,
+    "recognised_real": recognised_real,
+    "frechet_digits": card["metrics"]["frechet_digits"],
+  }
+
+
+@functools.cache
+def measure(data_dir: str):
+  """The Fréchet distance to the real digits."""
+  from diffit_jax.evaluation import measure as measure_lib
+  from diffit_jax.evaluation import reference, spaces
+  from diffit_jax.evaluation.collector import Collector
+  from diffit_jax.parallel.mesh import make_mesh
+
+  return measure_lib.make_measure(
+    Collector(spaces.open_space("digits"), make_mesh(), batch_size=200),
+    reference.read_reference("digits", data_dir, "train"),
+    (8, 8),
+    wanted=["frechet_digits"],
+  )
+
+
+@functools.cache
+def generator(variant: Variant):
+  """The sampler, compiled once for all seeds of a variant."""
+  from diffit_jax import models
+  from diffit_jax.generation.generator import make_generator
+  from diffit_jax.parallel.mesh import make_mesh
+
+  config = make_config(variant, seed=0)
+  return make_generator(models.make_model(config.model), config, make_mesh())
+
+
+def report(runs: Sequence[dict], out: pathlib.Path) -> None:
+  """Writes and prints what is known of all variants so far."""
+  if not runs:
+    return
+  (out / "results.json").write_text(json.dumps(runs, indent=2) + "\n")
+  text = table(runs)
+  (out / "table.md").write_text(text + "\n")
+  plot(runs, out / "plot.png")
+  print(text)
+  print(f"plot: {out / 'plot.png'}")
+
+
+def table(runs: Sequence[dict]) -> str:
+  """Markdown: a row per variant, mean and standard deviation over its seeds."""
+  header = ["variant", "paper", "config", "parameters"]
+  header += [name for name, _ in SCORES.values()] + ["seeds"]
+  rows = [header, ["---"] * len(header)]
+  for variant in VARIANTS:
+    group = [r for r in runs if r["variant"] == variant.name]
+    if not group:
+      continue
+    fields = "".join(f" {k}={v}" for k, v in variant.fields)
+    rows.append(
+      [
+        variant.what,
+        variant.item,
+        f"`{variant.arg or 'default'}`{fields}",
+        f"{group[0]['parameters']:,}",
+        *(spread([r[k] for r in group], n) for k, (_, n) in SCORES.items()),
+        str(len(group)),
+      ]
+    )
+  return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def spread(values: Sequence[float], places: int) -> str:
+  """Mean ± standard deviation; a single value has none."""
+  mean = f"{statistics.fmean(values):.{places}f}"
+  if len(values) == 1:
+    return mean
+  return f"{mean} ± {statistics.stdev(values):.{places}f}"
+
+
+def plot(runs: Sequence[dict], path: pathlib.Path) -> None:
+  """Every run as a dot, mean and standard deviation as a bar, per score."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  there = {r["variant"] for r in runs}
+  names = [v.name for v in VARIANTS if v.name in there]
+  figure = Figure(figsize=(11, 1.2 + 0.42 * len(names)), layout="constrained")
+  FigureCanvasAgg(figure)
+  panels = figure.subplots(1, len(SCORES), sharey=True)
+  for axes, (key, (title, _)) in zip(panels, SCORES.items()):
+    for y, name in enumerate(names):
+      values = [r[key] for r in runs if r["variant"] == name]
+      axes.plot(values, [y] * len(values), "o", color="0.6", ms=4, zorder=1)
+      error = statistics.stdev(values) if len(values) > 1 else 0.0
+      axes.errorbar(
+        statistics.fmean(values), y, xerr=error, fmt="D", ms=5, capsize=4,
+        color="tab:red" if name == "tmsa" else "tab:blue",
+      )  # fmt: skip
+    axes.set_title(title, fontsize=10)
+    axes.set_yticks(range(len(names)), names)
+    axes.grid(alpha=0.3)
+  panels[0].invert_yaxis()
+  figure.suptitle(
+    f"digits, {runs[0]['settings']['steps']} steps: dots are seeds, bars their"
+    " mean and standard deviation",
+    fontsize=10,
+  )
+  figure.savefig(path, format="png", dpi=120)
+
+
+if __name__ == "__main__":
+  cli.run(main)
