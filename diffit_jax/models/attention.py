@@ -26,6 +26,7 @@ from diffit_jax.errors import UserError
 
 XAVIER = nn.initializers.xavier_uniform()
 ATTENTIONS = ("xla", "cudnn")
+INPUTS = "attention_inputs"  # (q, k, bias), left where a caller asks for them
 
 # Says where an activation [b, ...] lies on the devices, or returns it as it is.
 Constrain = Callable[[jax.Array], jax.Array]
@@ -147,6 +148,7 @@ class TMSA(nn.Module):
       p=window,
       q=window,
     )
+    self.sow("intermediates", INPUTS, (q, k, bias))  # where they are asked for
     out = attend(q, k, v, bias, self.attention)
     out = einops.rearrange(
       out,
@@ -182,6 +184,12 @@ def attend(
   """
   if attention == "cudnn":
     return _attend_cudnn(q, k, v, bias)
+  weights = attention_weights(q, k, bias).astype(v.dtype)
+  return jnp.einsum("...hnm,...mhd->...nhd", weights, v)
+
+
+def attention_weights(q: jax.Array, k: jax.Array, bias: jax.Array) -> jax.Array:
+  """The softmax of (6): [*b, heads, n, n], axes (query, key), in float32."""
   scale = q.shape[-1] ** -0.5
   logits = jnp.einsum(
     "...nhd,...mhd->...hnm",
@@ -189,8 +197,7 @@ def attend(
     k,
     preferred_element_type=jnp.promote_types(q.dtype, jnp.float32),
   )
-  weights = jax.nn.softmax(logits + bias, axis=-1).astype(v.dtype)
-  return jnp.einsum("...hnm,...mhd->...nhd", weights, v)
+  return jax.nn.softmax(logits + bias, axis=-1)
 
 
 def _attend_cudnn(q, k, v, bias):
