@@ -32,18 +32,6 @@ from diffit_jax.models import attention, latent
 from diffit_jax.parallel.mesh import make_mesh
 from diffit_jax.sampling.loop import Denoiser, Solver
 
-_MODELS = flags.DEFINE_list("models", None, "Workdirs or .safetensors files.")
-_OUT = flags.DEFINE_string("out", "attention.png", "The picture.")
-_LABELS = flags.DEFINE_string(
-  "labels", None, "Classes, dealt out in turn; default 0-9 where there are any."
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the initial noise.", 0)
-_NUM = flags.DEFINE_integer("num", 20, "Samples that the table is made of.", 1)
-_COLUMNS = flags.DEFINE_integer("columns", 8, "Noise levels shown.", 2)
-_ROWS = flags.DEFINE_integer("rows", 4, "Blocks shown, evenly spread.", 1)
-
-Intermediates = Mapping[str, "jax.Array | Intermediates"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Maps:
@@ -63,14 +51,15 @@ class Maps:
 
 
 def main() -> int:
-  cli.require_one_of(models=_MODELS.value)
+  given = flags.FLAGS
+  cli.require_one_of(models=given.models)
   found = [
-    follow(load(path), _NUM.value, _SEED.value, _LABELS.value, _COLUMNS.value)
-    for path in _MODELS.value
+    follow(load(path), given.num, given.seed, given.labels, given.columns)
+    for path in given.models
   ]
   print(table(found))
-  draw(found, _ROWS.value, _OUT.value)
-  print(f"picture: {_OUT.value}")
+  draw(found, given.rows, given.out)
+  print(f"picture: {given.out}")
   return 0
 
 
@@ -286,4 +275,13 @@ def _visible(state: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
+  flags.DEFINE_list("models", None, "Workdirs or .safetensors files.")
+  flags.DEFINE_string("out", "attention.png", "The picture.")
+  flags.DEFINE_string(
+    "labels", None, "Classes, in turn; default 0-9 where there are any."
+  )
+  flags.DEFINE_integer("seed", 0, "Of the initial noise.", 0)
+  flags.DEFINE_integer("num", 20, "Samples that the table is made of.", 1)
+  flags.DEFINE_integer("columns", 8, "Noise levels shown.", 2)
+  flags.DEFINE_integer("rows", 4, "Blocks shown, evenly spread.", 1)
   cli.run(main)

@@ -33,16 +33,6 @@ from configs import digits
 from diffit_jax import cli
 from diffit_jax.errors import UserError
 
-_OUT = flags.DEFINE_string("out", "runs/replication", "Folder of all runs.")
-_ONLY = flags.DEFINE_list("only", [], "Variants; default all.")
-_SEEDS = flags.DEFINE_integer("seeds", 5, "Runs of each variant.", 1)
-_STEPS = flags.DEFINE_integer("steps", 400, "Training steps of a run.", 1)
-_NUM = flags.DEFINE_integer("num", 1000, "Samples that score a run.", 2)
-_MAX_RUNS = flags.DEFINE_integer(
-  "max_runs", None, "Stop after so many more runs; start again to go on.", 1
-)
-_DEBUG = flags.DEFINE_bool("debug", False, "A network too small to learn.")
-
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
@@ -73,70 +63,97 @@ VARIANTS = (
 # Score -> (its name on the plot and in the table, digits after the point).
 SCORES = {
   "recognised": ("recognised as asked", 3),
-  "frechet_digits": ("Fréchet distance, digits' features", 2),
+  "frechet_digits": ("Fréchet distance, digits' features", 3),
   "loss": ("training loss, last tenth", 2),
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What runs must share to stand in one table.
+
+  Attributes:
+    steps: of training.
+    num: samples that score a run.
+    debug: a network too small to learn, for trying the program.
+  """
+
+  steps: int = 400
+  num: int = 1000
+  debug: bool = False
+
+
 def main() -> int:
-  chosen = choose(_ONLY.value)
-  out = pathlib.Path(_OUT.value)
-  left = _MAX_RUNS.value
-  runs = []
-  for seed in range(_SEEDS.value):
-    for variant in chosen:
-      path = out / "runs" / f"{variant.name}-{seed}.json"
-      if not path.exists() and left != 0:
-        if not run(variant, seed, path):
-          return cli.REQUEUE
-        left = left and left - 1
-      if path.exists():
-        runs.append(read(path))
-  report(runs, out)
-  is_done = len(runs) == _SEEDS.value * len(chosen)
+  given = flags.FLAGS
+  is_done = run_all(
+    choose(given.only),
+    given.seeds,
+    Settings(given.steps, given.num, given.debug),
+    pathlib.Path(given.out),
+    given.max_runs,
+  )
   return 0 if is_done else cli.REQUEUE
 
 
 def choose(names: Sequence[str]) -> list[Variant]:
   """Variants by name, in the order of the table; all for no names."""
-  known = {variant.name: variant for variant in VARIANTS}
+  known = [variant.name for variant in VARIANTS]
   unknown = [name for name in names if name not in known]
   if unknown:
     raise UserError(f"--only={unknown[0]}: use some of {', '.join(known)}")
   return [v for v in VARIANTS if not names or v.name in names]
 
 
-def settings() -> dict:
-  """What two runs must share to stand in one table."""
-  return {"steps": _STEPS.value, "num": _NUM.value, "debug": _DEBUG.value}
+def run_all(
+  chosen: Sequence[Variant],
+  seeds: int,
+  settings: Settings,
+  out: pathlib.Path,
+  max_runs: int | None = None,
+) -> bool:
+  """Makes what is missing, and the report; whether nothing is missing."""
+  made, stopped, runs = 0, False, []
+  for seed in range(seeds):
+    for variant in chosen:
+      path = out / "runs" / f"{variant.name}-{seed}.json"
+      if not path.exists() and not stopped and made != max_runs:
+        stopped = not run(variant, seed, settings, path)
+        made += 1
+      if path.exists():
+        runs.append(read(path, settings))
+  if runs:
+    report(runs, out)
+  return len(runs) == seeds * len(chosen)
 
 
-def read(path: pathlib.Path) -> dict:
+def read(path: pathlib.Path, settings: Settings) -> dict:
   """A finished run; refuses one of other settings."""
   found = json.loads(path.read_text())
-  if found["settings"] != settings():
+  if found["settings"] != dataclasses.asdict(settings):
     raise UserError(
-      f"{path} was made with {found['settings']}, and these are {settings()}:"
+      f"{path} was made with {found['settings']}, and these are {settings}:"
       " use another --out"
     )
   return found
 
 
-def make_config(variant: Variant, seed: int):
+def make_config(variant: Variant, seed: int, settings: Settings):
   """The digits' config for one run."""
-  debug = ("debug",) if _DEBUG.value else ()
+  debug = ("debug",) if settings.debug else ()
   config = digits.get_config(",".join(filter(None, (variant.arg, *debug))))
   config.model.update(dict(variant.fields))
   config.seed = seed
-  config.total_steps = _STEPS.value
+  config.total_steps = settings.steps
   config.sample_every_steps = 0
-  config.save_every_steps = max(_STEPS.value // 4, 1)
-  config.log_every_steps = max(_STEPS.value // 10, 1)
+  config.save_every_steps = max(settings.steps // 4, 1)
+  config.log_every_steps = max(settings.steps // 10, 1)
   config.sampler.guidance_scale = 1.0
   return config
 
 
-def run(variant: Variant, seed: int, path: pathlib.Path) -> bool:
+def run(
+  variant: Variant, seed: int, settings: Settings, path: pathlib.Path
+) -> bool:
   """Trains and scores one run into `path`; False where SIGTERM came first."""
   import jax
 
@@ -145,7 +162,7 @@ def run(variant: Variant, seed: int, path: pathlib.Path) -> bool:
   from diffit_jax.training.loop import train
 
   start = time.monotonic()
-  config = make_config(variant, seed)
+  config = make_config(variant, seed, settings)
   workdir = path.with_suffix("")
   data_dir = os.environ.get("TFDS_DATA_DIR") or str(path.parent.parent / "data")
   preparation.prepare(**builder.recipe(), data_dir=data_dir)
@@ -157,8 +174,8 @@ def run(variant: Variant, seed: int, path: pathlib.Path) -> bool:
     "config": f"configs/digits.py:{variant.arg}".removesuffix(":"),
     "fields": dict(variant.fields),
     "seed": seed,
-    "settings": settings(),
-    **score(variant, workdir, data_dir),
+    "settings": dataclasses.asdict(settings),
+    **score(variant, settings, workdir, data_dir),
     "train_seconds": round(train_seconds, 1),
     "seconds": round(time.monotonic() - start, 1),
     "jax": jax.__version__,
@@ -175,7 +192,9 @@ def run(variant: Variant, seed: int, path: pathlib.Path) -> bool:
   return True
 
 
-def score(variant: Variant, workdir: pathlib.Path, data_dir: str) -> dict:
+def score(
+  variant: Variant, settings: Settings, workdir: pathlib.Path, data_dir: str
+) -> dict:
   """The scores of a trained run, and its number of parameters."""
   import jax
 
@@ -190,9 +209,11 @@ def score(variant: Variant, workdir: pathlib.Path, data_dir: str) -> dict:
   log = storage.read_note(
     storage.absolute(workdir) / "checkpoints", loaded.step, "last_log"
   )
-  index = np.arange(_NUM.value, dtype=np.uint32)
+  index = np.arange(settings.num, dtype=np.uint32)
   labels = (index % 10).astype(np.int32)
-  made = np.asarray(generator(variant)(loaded.params, 0, index, labels))
+  made = np.asarray(
+    generator(variant, settings)(loaded.params, 0, index, labels)
+  )
   recognised, recognised_real = demo.score(made, labels)
   card = job.evaluate(
     measure(data_dir), ImageSamples(images.open_images(made)), num=len(made)
@@ -223,20 +244,18 @@ def measure(data_dir: str):
 
 
 @functools.cache
-def generator(variant: Variant):
+def generator(variant: Variant, settings: Settings):
   """The sampler, compiled once for all seeds of a variant."""
   from diffit_jax import models
   from diffit_jax.generation.generator import make_generator
   from diffit_jax.parallel.mesh import make_mesh
 
-  config = make_config(variant, seed=0)
+  config = make_config(variant, 0, settings)
   return make_generator(models.make_model(config.model), config, make_mesh())
 
 
 def report(runs: Sequence[dict], out: pathlib.Path) -> None:
   """Writes and prints what is known of all variants so far."""
-  if not runs:
-    return
   (out / "results.json").write_text(json.dumps(runs, indent=2) + "\n")
   text = table(runs)
   (out / "table.md").write_text(text + "\n")
@@ -308,4 +327,13 @@ def plot(runs: Sequence[dict], path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
+  flags.DEFINE_string("out", "runs/replication", "Folder of all runs.")
+  flags.DEFINE_list("only", [], "Variants; default all.")
+  flags.DEFINE_integer("seeds", 5, "Runs of each variant.", 1)
+  flags.DEFINE_integer("steps", Settings.steps, "Of training.", 1)
+  flags.DEFINE_integer("num", Settings.num, "Samples that score a run.", 2)
+  flags.DEFINE_integer(
+    "max_runs", None, "Stop after so many more; start again to go on.", 1
+  )
+  flags.DEFINE_bool("debug", False, "A network too small to learn.")
   cli.run(main)
