@@ -67,6 +67,10 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.save_every_steps = 250
   config.keep_every_steps = 0
 
+  config.evaluation.num = 500
+  config.evaluation.features = "digits"  # a small classifier's, no FID
+  config.evaluation.metrics = ("frechet_digits",)
+
   if variant.debug:
     config.batch_size = 16
     config.total_steps = 4

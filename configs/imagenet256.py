@@ -122,7 +122,13 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.save_every_steps = 10_000  # checkpoints
   config.keep_checkpoints = 3  # newest that stay
   config.keep_every_steps = 500_000  # these stay for ever; 0 for none
-  config.keep_best_by = ""  # metric whose best checkpoint stays, as loss
+  config.keep_best_by = ""  # what the best checkpoint stays by, as loss or fid
+  config.evaluate_every_steps = 0  # a score of samples, as FID; 0 for none
+  config.evaluation = config_dict.ConfigDict()  # see docs/evaluation.md
+  config.evaluation.num = 10_000  # samples that are scored
+  config.evaluation.features = "inception"  # or digits, pixels
+  config.evaluation.metrics = ("fid",)  # of that space
+  config.evaluation.reference = ""  # a statistics file or images
   config.snapshot_every_steps = 0  # averages kept for export --ema=WIDTH
   config.watchdog_seconds = 1800  # a step this late ends the program; 0 is off
 

@@ -169,11 +169,11 @@ def require_one_of(**values: str | None) -> None:
     raise UserError(f"give {'exactly one of ' * (len(values) > 1)}{names}")
 
 
-def require_local(path: str) -> None:
-  """Refuses an --out that is the address of a bucket."""
+def require_local(path: str, flag: str = "--out") -> None:
+  """Refuses the address of a bucket where files are written in place."""
   if "://" in path:
     raise UserError(
-      f"--out={path} is no local path: write to this machine's disk, then copy"
+      f"{flag}={path} is no local path: write to this machine's disk, then copy"
       " it there"
     )
 

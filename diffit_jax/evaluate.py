@@ -158,11 +158,15 @@ def _compare(paths: list[str]) -> int:
 def _collector(stop):
   """The feature space, on all devices."""
   from diffit_jax.evaluation import spaces
-  from diffit_jax.evaluation.collector import Collector
+  from diffit_jax.evaluation.collector import Collector, asking
   from diffit_jax.parallel.mesh import make_mesh
 
-  space = spaces.open_space(_FEATURES.value, _INCEPTION.value, _RESIZE.value)
-  return Collector(space, make_mesh(), batch_size=_BATCH_SIZE.value, stop=stop)
+  return Collector(
+    spaces.open_space(_FEATURES.value, _INCEPTION.value, _RESIZE.value),
+    make_mesh(),
+    batch_size=_BATCH_SIZE.value,
+    should_stop=asking(stop),
+  )
 
 
 def _build_reference(stop) -> int:
@@ -181,11 +185,11 @@ def _evaluate(stop) -> int:
   scores.choose(_METRICS.value, _FEATURES.value)  # a mistake would show late
   name, values = sweep.parse(_SWEEP.value)
   out = pathlib.Path(_OUT.value).expanduser()
-  job.prepare_output(out, is_folder=bool(name))
+  collector = _collector(stop)
   found = reference.read_reference(
     _REFERENCE.value, _DATA_DIR.value, _SPLIT.value
   )
-  collector = _collector(stop)
+  job.prepare_output(out, is_folder=bool(name))
   make = _images() if _SAMPLES.value else _network(collector.mesh, name)
   measure = None
   cards = {}

@@ -11,6 +11,8 @@ all of them see. TPU slices and Slurm steps are recognised; elsewhere add
 --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
+import functools
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -43,6 +45,7 @@ _PROFILE_STEPS = flags.DEFINE_string(
   "FIRST:END, as 10:13: traces these steps into the workdir's folder profile,"
   " for TensorBoard or XProf.",
 )
+_INCEPTION = cli.define_inception_flag()
 _RUNTIME = cli.define_runtime_flags()
 
 
@@ -53,14 +56,25 @@ def main() -> int:
 
     print(report.dry_run(config))
     return 0
+  workdir = _WORKDIR.value or f"runs/{config.name}"
   from diffit_jax.generation.generator import SamplerOptions, make_grid_sampler
   from diffit_jax.parallel import runtime
   from diffit_jax.training import timing
   from diffit_jax.training.loop import train
 
+  make_evaluator = None
+  if config.get("evaluate_every_steps"):
+    from diffit_jax.evaluation import in_loop
+
+    cli.require_local(workdir, "with evaluate_every_steps, --workdir")
+    make_evaluator = functools.partial(
+      in_loop.Evaluator,
+      directory=workdir,
+      inception=_INCEPTION.value,
+      data_dir=_DATA_DIR.value,
+    )
   SamplerOptions.from_config(config)  # a mistake in it would show late
   profile_steps = timing.parse_steps(_PROFILE_STEPS.value)
-  workdir = _WORKDIR.value or f"runs/{config.name}"
   with _RUNTIME.joined():
     runtime.use_compilation_cache(f"{workdir}/compilation_cache")
     finished = train(
@@ -70,6 +84,7 @@ def main() -> int:
       make_grid_sampler,
       vae=_VAE.value,
       profile_steps=profile_steps,
+      make_evaluator=make_evaluator,
     )
   return 0 if finished else cli.REQUEUE
 

@@ -24,6 +24,7 @@ import pytest  # noqa: E402
 
 # Begun first, so that both workers of xdist end at about the same time.
 LONG_FILES = (
+  "test_evaluate_commands.py",
   "test_readme.py",
   "test_latent_commands.py",
   "test_commands.py",

@@ -106,6 +106,7 @@ def test_demo_in_its_debug_form(tmp_path):
   assert report["recognised_real"] > 0.95
   assert os.path.exists(report["grid"])
   lines = first.strip().splitlines()
+  assert re.match(r"Fréchet distance .*not FID", lines[-3])
   assert lines[-2] == f"grid: {report['grid']}"
   assert re.fullmatch(r"recognised: 0\.\d+ of 500 .*", lines[-1])
   assert "already trained: 4 steps" in commands.succeed(f"demo {options}")
@@ -148,6 +149,26 @@ def test_demo_score_is_honest():
   assert shifted < 0.03
   noise = np.random.default_rng(0).integers(0, 256, images.shape, np.uint8)
   assert demo.score(noise, real.target[:500])[0] < 0.3
+
+
+def test_demo_distance_is_honest(tmp_path):
+  """Real digits are as near as real digits are, noise is far."""
+  from sklearn import datasets
+
+  from diffit_jax import demo
+  from diffit_jax.parallel.mesh import make_mesh
+
+  def distances(images):
+    (tmp_path / "folder").mkdir(exist_ok=True)
+    for i, image in enumerate(images):
+      Image.fromarray(image).save(tmp_path / "folder" / f"{i:03d}.png")
+    return demo.frechet_distances(tmp_path / "folder", make_mesh())
+
+  real = datasets.load_digits().images[:500]
+  found, between_real = distances(np.round(real * (255 / 16)).astype(np.uint8))
+  assert 0 < found < 2 * between_real < 1
+  noise = np.random.default_rng(0).integers(0, 256, real.shape, np.uint8)
+  assert distances(noise)[0] > 20 * between_real
 
 
 def test_sigterm_saves_and_asks_to_be_started_again(tmp_path, data_dir):

@@ -9,8 +9,9 @@ With a partial file, what was gathered is kept every few minutes and at SIGTERM,
 and the same call goes on from it, to the same bits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -43,6 +44,17 @@ class Stopped(Exception):
   """SIGTERM came; what was gathered is kept, where there is a file for it."""
 
 
+def asking(stop: StopRequest) -> Callable[[], bool]:
+  """The `should_stop` of a program whose steps are the collector's batches."""
+  steps = itertools.count(1)
+
+  def should_stop() -> bool:
+    stop.at_step(next(steps))
+    return stop.requested
+
+  return should_stop
+
+
 class Collector:
   """An extractor on a mesh.
 
@@ -57,7 +69,7 @@ class Collector:
     mesh: Mesh,
     *,
     batch_size: int = 64,
-    stop: StopRequest | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
   ):
     """Copies the extractor's weights to the devices.
 
@@ -65,12 +77,12 @@ class Collector:
       extractor: of the feature space.
       mesh: of the devices.
       batch_size: images per call, over all devices; rounded up to fill them.
-      stop: asked after every batch; None never stops.
+      should_stop: asked after every batch; says the same in all processes.
     """
     self.extractor, self.mesh = extractor, mesh
     self._batch_size = -(-batch_size // mesh.size) * mesh.size
     check_batch(mesh, self._batch_size, "batch_size")
-    self._stop, self._num_batches = stop, 0
+    self._should_stop = should_stop
     whole = replicated(mesh)
     self._params = jax.tree.map(lambda x: place(x, whole), extractor.params)
     self._run = jax.jit(
@@ -141,13 +153,10 @@ class Collector:
       )
     gathered.update(found)
     progress.update(wanted)
-    self._num_batches += 1
-    if self._stop is not None:
-      self._stop.at_step(self._num_batches)
-      if self._stop.requested and gathered.num < batches.num:
-        if partial is not None:
-          partial.save(gathered)
-        raise Stopped
+    if self._should_stop() and gathered.num < batches.num:
+      if partial is not None:
+        partial.save(gathered)
+      raise Stopped
     if partial is not None:
       partial.save_now_and_then(gathered)
 
@@ -206,8 +215,3 @@ class PartialFile:
         f"cannot write {self.path}: {error}; free some space, then run the same"
         " command again"
       ) from error
-
-  def remove(self) -> None:
-    """Deletes the file, once what it was for is done."""
-    if runtime.is_first():
-      self.path.unlink(missing_ok=True)

@@ -144,18 +144,22 @@ def evaluate_to_file(
     path: of the card.
     **options: num and repeats of `evaluate`.
   """
-  if path.exists():
+
+  def find() -> dict[str, Any] | None:
+    if not path.exists():
+      return None
     card = card_lib.read(path)  # anything else is not written over
-    if _is_same(card, measure, samples, **options):
-      logging.info("%s is there already", path)
-      return card
+    return card if _is_same(card, measure, samples, **options) else None
+
+  card = runtime.from_first(find)
+  if card is not None:
+    logging.info("%s is there already", path)
+    return card
   card = evaluate(measure, samples, partial=path, **options)
   if runtime.is_first():
     card_lib.write(path, card)
   remove_partial(path)
   return card
-
-
 
 
 def _is_same(

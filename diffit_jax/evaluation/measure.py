@@ -95,7 +95,7 @@ def make_measure(
     Stopped: SIGTERM came first.
   """
   space = collector.extractor.name
-  reference_lib.check_resolution(reference, shape)
+  check_fit(collector, reference, shape)
   wanted = scores.choose(wanted, space)
   images = reference.images
   if per_class and (images is None or images.labels is None):
@@ -105,22 +105,43 @@ def make_measure(
       " folder with one sub-folder per class"
     )
   if reference.pool is None or space != "inception":
-    statistics = _of_images(collector, reference, per_class, partial)
+    statistics = _of_images(collector, reference, wanted, per_class, partial)
   else:
     statistics = _of_file(collector, reference, wanted, per_class, partial)
   return Measure(collector, reference, statistics, wanted, per_class)
 
 
-def _of_images(collector, reference, per_class, partial):
-  """All of it from images: a set, or a file's where the file has no other."""
-  images = reference.images
-  if images is None:
+def check_fit(
+  collector: Collector, reference: Reference, shape: tuple[int, int]
+) -> None:
+  """Raises a UserError where samples, space and reference do not fit.
+
+  Args:
+    collector: the feature space on its devices.
+    reference: as it was read.
+    shape: (height, width) of the samples.
+  """
+  extractor = collector.extractor
+  reference_lib.check_resolution(reference, shape)
+  dims = _dims(extractor, shape)
+  if reference.pool is not None and extractor.name == "inception":
+    reference_lib.check_extractor(reference, extractor.about)
+    reference_lib.check_dims(reference, dims)
+  elif reference.images is None:
     raise UserError(
       f"{reference.about['source']} holds statistics of Inception's features"
-      f" and no images: --features={collector.extractor.name} needs images to"
-      " compare with"
+      f" and no images: --features={extractor.name} needs images to compare"
+      " with"
     )
-  held = None if per_class else reference_lib.choose_subset(images.num)
+
+
+def _of_images(collector, reference, wanted, per_class, partial):
+  """All of it from images: a set, or a file's where the file has no other."""
+  images, held = reference.images, np.arange(0)
+  if per_class:
+    held = None
+  elif scores.need_rows(wanted, collector.extractor.name):
+    held = reference_lib.choose_subset(images.num)
   gathered = _gather(collector, images, held, partial)
   labels = images.labels if per_class else None
   return _statistics(gathered, {}, labels)
@@ -128,11 +149,8 @@ def _of_images(collector, reference, per_class, partial):
 
 def _of_file(collector, reference, wanted, per_class, partial):
   """Moments of a file; features of its images only where they are needed."""
-  extractor = collector.extractor
-  reference_lib.check_extractor(reference, extractor.about)
-  reference_lib.check_dims(reference, _dims(extractor))
   rows = labels = None
-  needs_rows = per_class or scores.need_rows(wanted, extractor.name)
+  needs_rows = per_class or scores.need_rows(wanted, collector.extractor.name)
   if needs_rows and reference.images is not None:
     rows = _gather(collector, reference.images, None, partial).rows()
     labels = reference.images.labels if per_class else None
@@ -141,9 +159,9 @@ def _of_file(collector, reference, wanted, per_class, partial):
   )
 
 
-def _dims(extractor) -> dict[str, int]:
+def _dims(extractor, shape: tuple[int, int] = (8, 8)) -> dict[str, int]:
   """Lengths of the features, found without computing any."""
-  images = jax.ShapeDtypeStruct((1, 8, 8, 3), np.uint8)
+  images = jax.ShapeDtypeStruct((1, *shape, 3), np.uint8)
   shapes = jax.eval_shape(extractor.apply, extractor.params, images)
   return {name: x.shape[1] for name, x in shapes.items()}
 

@@ -5,19 +5,17 @@ Features of generated images are compared with those of real ones:
 * Frechet distance (FID; Heusel et al. 2017, "GANs trained by a two time-scale
   update rule", equation 6), between the Gaussians of both sets' moments:
     |mu_1 - mu_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2)                 (1)
-* Inception score (Salimans et al. 2016, "Improved techniques for training
-  GANs", Section 4), of classes' probabilities p with mean q over a split:
-    exp mean_i sum_c p_ic (ln p_ic - ln q_c)                                 (2)
+* Inception score (`inception_score`).
 * precision and recall (Kynkäänniemi et al. 2019): the share of samples inside
   the manifold of the reference, and the other way round (`neighbours`).
 * kernel distance (KID; Binkowski et al. 2018, "Demystifying MMD GANs",
   Section 3), the unbiased squared maximum mean discrepancy with the kernel
-    k(x, y) = (x.y / d + 1)^3                                                (3)
+    k(x, y) = (x.y / d + 1)^3                                                (2)
 
 For (1): with S_1 = A A^T and S_2 = B B^T, the eigenvalues of S_1 S_2 other than
 0 are the squared singular values of A^T B, so
 
-  tr (S_1 S_2)^(1/2) = sum of the singular values of A^T B                   (4)
+  tr (S_1 S_2)^(1/2) = sum of the singular values of A^T B                   (3)
 
 A and B come from symmetric eigendecompositions. Nothing is inverted and no
 root of a rounding error is taken, so that singular covariances (fewer samples
@@ -28,9 +26,20 @@ import numpy as np
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import neighbours
+from diffit_jax.evaluation.inception_score import (
+  InceptionScore,
+  inception_score,
+)
 from diffit_jax.evaluation.moments import check_features
 
-_CHUNK = 1024  # rows of logits at a time: 8 MiB of float64 for 1008 classes
+__all__ = [
+  "InceptionScore",
+  "frechet_distance",
+  "inception_score",
+  "kernel_inception_distance",
+  "kid_blocks",
+  "precision_recall",
+]
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
@@ -58,7 +67,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     )
   a = _factor(sigma1, "the first set")
   b = _factor(sigma2, "the second set")
-  cross = np.linalg.svd(a.T @ b, compute_uv=False).sum()  # (4)
+  cross = np.linalg.svd(a.T @ b, compute_uv=False).sum()  # (3)
   distance = np.sum((mu1 - mu2) ** 2) - 2 * cross
   return max(float(distance + np.trace(sigma1) + np.trace(sigma2)), 0.0)
 
@@ -134,84 +143,6 @@ def precision_recall(
   return float(inside[0].mean()), float(inside[1].mean())
 
 
-class InceptionScore:
-  """Inception score (2) of logits that arrive in batches, in order.
-
-  Splits are `split_size` consecutive samples; the score is the mean over them,
-  in which a shorter last split has the same weight. A finished split leaves its
-  score behind, the open one two sums.
-  """
-
-  def __init__(self, split_size: int = 5000):
-    if split_size < 1:
-      raise UserError(f"{split_size=} must be 1 or more")
-    self._split_size = split_size
-    self._scores = []
-    self._open = 0  # samples in the open split
-    self._negentropy = 0.0  # sum of p ln p over its samples and classes
-    self._probs = None  # [c] sum of p over its samples
-
-  def update(self, logits) -> None:
-    """Takes [b, c] logits of any float dtype, b from 0 on."""
-    logits = check_features(logits, "logits")
-    num_classes = logits.shape[1]
-    if self._probs is None:
-      self._probs = np.zeros(num_classes)
-    if len(self._probs) != num_classes:
-      raise UserError(
-        f"logits are of {num_classes} classes, after {len(self._probs)} before"
-      )
-    while len(logits):
-      taken = min(len(logits), self._split_size - self._open, _CHUNK)
-      log_probs = _log_softmax(logits[:taken].astype(np.float64))
-      probs = np.exp(log_probs)
-      self._negentropy += np.vdot(probs, log_probs)
-      self._probs += probs.sum(axis=0)
-      self._open += taken
-      logits = logits[taken:]
-      if self._open == self._split_size:
-        self._scores.append(self._open_score())
-        self._open, self._negentropy = 0, 0.0
-        self._probs = np.zeros(num_classes)
-
-  def result(self) -> float:
-    """The score, in [1, c]; UserError before the first sample."""
-    scores = self._scores + ([self._open_score()] if self._open else [])
-    if not scores:
-      raise UserError("no logits yet: an inception score needs at least one")
-    return float(np.mean(scores))
-
-  def _open_score(self) -> float:
-    """(2) as exp of mean_i sum_c p ln p - sum_c q ln q."""
-    q = self._probs / self._open
-    q = q[q > 0]  # x ln x goes to 0
-    return np.exp(self._negentropy / self._open - np.sum(q * np.log(q)))
-
-
-def inception_score(logits, split_size: int = 5000) -> float:
-  """Inception score (2), the mean over splits of consecutive samples.
-
-  Args:
-    logits: [n, c] of any float dtype, without the last layer's bias by custom.
-    split_size: samples of a split; the last may have fewer.
-
-  Returns:
-    In [1, c].
-
-  Raises:
-    UserError: no samples, or logits that are none.
-  """
-  score = InceptionScore(split_size)
-  score.update(logits)
-  return score.result()
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-  """ln p over the last axis, finite for any finite logits."""
-  logits = logits - logits.max(axis=-1, keepdims=True)
-  return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-
-
 def kernel_inception_distance(
   reference, samples, block_size: int = 1000
 ) -> float:
@@ -272,7 +203,7 @@ def _blocks(x: np.ndarray, num_blocks: int, seed: int):
 
 
 def _unbiased_mmd(x: np.ndarray, y: np.ndarray) -> float:
-  """Unbiased squared discrepancy of [m, d] and [n, d], with kernel (3)."""
+  """Unbiased squared discrepancy of [m, d] and [n, d], with kernel (2)."""
 
   def kernel(a, b):
     inner = a @ b.T

@@ -4,6 +4,8 @@ Both give batches of the samples first .. first + num - 1, their labels, and
 what a card says of them.
 """
 
+from collections.abc import Mapping
+import copy
 from typing import Any
 
 from flax import linen as nn
@@ -80,30 +82,33 @@ class NetworkSamples:
       codec: decodes the latents of a latent model.
 
     Raises:
-      UserError: latents, and no codec that makes images of them.
+      UserError: as `sample_shape`; labels that the network does not have.
     """
     config = weights.config
-    side = config.data.resolution
-    if config.diffusion.kind == "adm":
-      if codec is None:
-        raise UserError(
-          "--vae is missing: this model makes latents, and only images can be"
-          " scored; give the diffusers folder of its VAE as --vae=..."
-        )
-      side *= config.autoencoder.down_factor
-    self.shape = (side, side)
-    self._weights, self._seed = weights, seed
+    self.shape = sample_shape(config, codec)
     self._generate = generator.make_generator(model, config, mesh, codec)
     self._classes = lambda index: generator.choose_labels(
       index, seed, model.num_classes, labels
     )
     self._has_labels = bool(model.num_classes)
     self._classes(np.arange(1))  # refuses wrong labels now
+    self._seed, self._labels, self._codec = seed, labels, codec
+    self._use(weights)
+
+  def _use(self, weights: Weights) -> None:
+    self._weights = weights
+    described = job.describe(weights, self._seed, self._labels, self._codec)
     self.about: dict[str, Any] = {
       "source": weights.source,
       "kind": "network",
-      "sampling": job.describe(weights, seed, labels, codec),
+      "sampling": described,
     }
+
+  def with_weights(self, weights: Weights) -> "NetworkSamples":
+    """The same of other weights of the same network; compiles nothing anew."""
+    other = copy.copy(self)
+    other._use(weights)
+    return other
 
   def batches(self, first: int, num: int, mesh: Mesh) -> Batches:
     """Samples first .. first + num - 1."""
@@ -123,6 +128,23 @@ class NetworkSamples:
     if not self._has_labels:
       return None
     return self._classes(np.arange(first, first + num))
+
+
+def sample_shape(config: Mapping, codec=None) -> tuple[int, int]:
+  """(height, width) of a network's samples, decoded where they are latents.
+
+  Raises:
+    UserError: latents, and no codec that makes images of them.
+  """
+  side = config["data"]["resolution"]
+  if config["diffusion"]["kind"] == "adm":
+    if codec is None:
+      raise UserError(
+        "--vae is missing: this model makes latents, and only images can be"
+        " scored; give the diffusers folder of its VAE as --vae=..."
+      )
+    side *= config["autoencoder"]["down_factor"]
+  return side, side
 
 
 Samples = ImageSamples | NetworkSamples

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from diffit_jax.evaluation.metrics import InceptionScore
+from diffit_jax.evaluation.inception_score import InceptionScore
 from diffit_jax.evaluation.moments import Moments
 
 

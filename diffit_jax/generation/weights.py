@@ -54,6 +54,11 @@ def read_config(workdir: str | os.PathLike) -> config_dict.ConfigDict:
     raise UserError(f"{path} is damaged: {error}") from error
 
 
+def default_average(config: config_dict.ConfigDict) -> str:
+  """The average that is sampled from where none is named."""
+  return min(config.ema, default=RAW)
+
+
 def from_workdir(
   workdir: str | os.PathLike, mesh: Mesh, ema: str | None = None
 ) -> Weights:
@@ -69,9 +74,8 @@ def from_workdir(
   from diffit_jax.training import checkpoint
 
   config = read_config(workdir)
-  names = sorted(config.ema)
-  ema = ema or (names[0] if names else RAW)
-  if ema not in (*names, RAW):
+  ema = ema or default_average(config)
+  if ema not in (*config.ema, RAW):
     return _from_snapshots(workdir, mesh, config, ema)
   steps = checkpoint.list_steps(workdir)
   if not steps:

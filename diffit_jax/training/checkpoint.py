@@ -27,9 +27,8 @@ from diffit_jax.training.state import TrainState
 _TREES = ("params", "opt_state", "ema")
 _FOLDER = "checkpoints"
 
-# Metrics of the last logging point that a checkpoint can be the best by, with
-# the sign that makes less of it better.
-BEST_BY = {"loss": 1, "grad_norm": 1}
+# Metrics of the last logging point that a checkpoint can be the best by.
+BEST_BY = ("loss", "grad_norm")
 
 
 class Checkpoints:
@@ -53,8 +52,9 @@ class Checkpoints:
       workdir: of the run.
       max_to_keep: newest checkpoints that stay.
       keep_period: a step divisible by it stays for ever; None or 0 for no such.
-      best_by: name in BEST_BY; the checkpoint with the best value stays until
-        a better one is saved. "" for no such.
+      best_by: name in BEST_BY, or of a distance that `note` will tell; the
+        checkpoint with the least of it stays until one with less is saved. ""
+        for no such.
     """
     self.directory = storage.absolute(workdir) / _FOLDER
     policies = [orbax_policies.LatestN(max_to_keep)]
@@ -109,6 +109,11 @@ class Checkpoints:
       },
       unit=jax.tree.structure(state.params),
     )
+
+  def note(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Adds what became known of a step after it was saved."""
+    if self._best is not None:
+      self._best.note(step, metrics)
 
   def restore(self, abstract: TrainState) -> TrainState | None:
     """The newest state that can be read, or None where there is none.
@@ -169,7 +174,7 @@ class Checkpoints:
 
 
 class KeepBest(orbax_policies.PreservationPolicy):
-  """Keeps the one step whose metric is the best; never one without it."""
+  """Keeps the one step whose metric is the least; never one without it."""
 
   def __init__(self, name: str, read):
     """`read` gives the metrics of a step of an earlier start."""
@@ -180,7 +185,12 @@ class KeepBest(orbax_policies.PreservationPolicy):
     """Notes the metrics of a step that is about to be saved."""
     value = metrics.get(self._name, math.nan)
     number = isinstance(value, float) and math.isfinite(value)
-    self._values[step] = BEST_BY[self._name] * value if number else math.inf
+    self._values[step] = value if number else math.inf
+
+  def note(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Adds the metric of a step that was saved without it."""
+    if self._name in metrics:
+      self.add(step, metrics)
 
   def should_preserve(self, checkpoints, *, context) -> list[bool]:
     """True for the best of `checkpoints`; see Orbax."""

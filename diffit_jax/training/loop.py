@@ -9,6 +9,7 @@ from collections.abc import Callable
 import contextlib
 import json
 import os
+from typing import Protocol
 
 from absl import logging
 import jax
@@ -44,6 +45,18 @@ from diffit_jax.training.watchdog import Watchdog
 Sampler = Callable[[dict], np.ndarray]
 
 
+class Evaluator(Protocol):
+  """Scores a run while it trains; see `evaluation.in_loop`."""
+
+  def __call__(
+    self, step: int, averages: dict, params: dict
+  ) -> dict[str, float] | None:
+    """Scores the weights of a step; None where SIGTERM came first."""
+
+  def find(self, step: int) -> dict[str, float]:
+    """What a step scored in this or an earlier start; {} for nothing."""
+
+
 def train(
   config: config_dict.ConfigDict,
   directory: str | os.PathLike,
@@ -52,6 +65,7 @@ def train(
   devices: list[jax.Device] | None = None,
   vae: str | None = None,
   profile_steps: range = range(0),
+  make_evaluator: Callable[..., Evaluator] | None = None,
 ) -> bool:
   """Trains, or goes on with, the run in `directory`.
 
@@ -65,14 +79,17 @@ def train(
     vae: diffusers folder of the VAE of a latent model, which encodes images on
       the fly and decodes sample grids.
     profile_steps: steps to trace into `<directory>/profile`, counted from 1.
+    make_evaluator: (model, config, mesh, codec, should_stop) -> Evaluator, for
+      a score every `config.evaluate_every_steps`; None for no scores.
 
   Returns:
-    True once total_steps are done and saved, False where SIGTERM came first;
-    then the current step is saved, and the same call goes on from it.
+    True once total_steps are done, saved and scored; False where SIGTERM came
+    first: the current step is saved, and the same call goes on from it.
   """
   with StopRequest(runtime.preemption_notice()) as stop:
-    run = _start(config, directory, data_dir, make_sampler, devices, vae)
+    run = _start(config, directory, data_dir, devices, vae)
     try:
+      run.use_hooks(make_sampler, make_evaluator, lambda: stop.requested)
       run.profile = timing.Profile(
         profile_steps, run.directory / "profile", run.watchdog.patient
       )
@@ -85,7 +102,7 @@ def train(
         run.checkpoints.close()
 
 
-def _start(config, directory, data_dir, make_sampler, devices, vae) -> "_Run":
+def _start(config, directory, data_dir, devices, vae) -> "_Run":
   """Checks all that can be wrong, claims the workdir, and restores."""
   runtime.check_same("config", config.to_json_best_effort())
   program = program_lib.build(config, devices)
@@ -112,8 +129,7 @@ def _start(config, directory, data_dir, make_sampler, devices, vae) -> "_Run":
   snapshots = Snapshots(directory, config)
   try:
     run = _Run(config, directory, program, checkpoints, snapshots, initial)
-    run.dataset = dataset
-    run.use_codec(codec, make_sampler)
+    run.dataset, run.codec = dataset, codec
     return run
   except BaseException:
     with contextlib.closing(snapshots):
@@ -161,22 +177,27 @@ class _Run:
     self.writer.text("parameters.txt", overview(program.abstract.params))
     self.param_norm = jax.jit(optax.tree.norm)
 
-  def use_codec(self, codec, make_sampler) -> None:
-    """Sets up what needs an autoencoder, or does without."""
+  def use_hooks(self, make_sampler, make_evaluator, should_stop) -> None:
+    """Sets up what looks at the weights; without a decoder for it, does not."""
     program, config = self.program, self.config
+    hook_arguments = program.model, config, program.mesh, self.codec
     self.encode = lambda batch: batch
     if source.is_encoding(config):
-      self.encode = source.make_encoder(codec, program.mesh)
-    self.sampler = None
+      self.encode = source.make_encoder(self.codec, program.mesh)
+    self.sampler = self.evaluator = None
     if make_sampler is not None and config.sample_every_steps:
-      self.sampler = make_sampler(program.model, config, program.mesh, codec)
+      self.sampler = make_sampler(*hook_arguments)
       if self.sampler is None:
         logging.info("no sample grids: --vae was not given to decode them")
+    if make_evaluator is not None and config.get("evaluate_every_steps"):
+      self.evaluator = make_evaluator(*hook_arguments, should_stop)
+      for step in self.checkpoints.steps():
+        self.checkpoints.note(step, self.evaluator.find(step))
 
   def loop(self, stop: StopRequest) -> bool:
     """Steps until the end or a stop request; saves in both cases."""
     config, total = self.config, self.config.total_steps
-    if self.step >= total:
+    if self.step >= total and not self._lacks_score():
       logging.info("already done: step %d of %d", self.step, total)
       return True
     batches = pipeline.Pipeline(
@@ -189,8 +210,7 @@ class _Run:
       num_shards=jax.process_count(),
       num_threads=config.num_threads,
     )
-    first = self.step
-    every = lambda n: n and (self.step % n == 0 or self.step == total)
+    first, every = self.step, self._is_due
     stop.begin(first)
     with contextlib.ExitStack() as stack:
       for resource in (self.writer, batches, self.profile):
@@ -202,6 +222,8 @@ class _Run:
       )
       stack.enter_context(self.watchdog)
       ahead = mesh_lib.put_ahead(self.program.mesh, batches)
+      if self._lacks_score():  # an earlier start was stopped over it
+        self._evaluate()
       while self.step < total and not stop.requested:
         self.profile.before(self.step + 1)
         with self.clock.waiting("data_wait"):
@@ -223,14 +245,29 @@ class _Run:
         if self.snapshots.is_due(self.step):
           self._snapshot()
         if every(config.sample_every_steps) and self.sampler:
-          self._sample()  # last: should it fail, the step is saved
+          self._sample()  # after saving, should it fail
+        if self.evaluator and every(config.evaluate_every_steps):
+          self._evaluate()
         self.watchdog.step_done()
         stop.at_step(self.step)
       if stop.requested and self.step > first:
         logging.info("SIGTERM: saving step %d", self.step)
         with self.watchdog.patient():
           self._save()
-    return self.step >= total
+    return self.step >= total and not (stop.requested and self._lacks_score())
+
+  def _is_due(self, every_steps: int) -> bool:
+    """Whether something is to be done at this step, or at the last one."""
+    is_last = self.step == self.config.total_steps
+    return bool(every_steps) and (self.step % every_steps == 0 or is_last)
+
+  def _lacks_score(self) -> bool:
+    return (
+      self.evaluator is not None
+      and self.step > 0
+      and self._is_due(self.config.evaluate_every_steps)
+      and not self.evaluator.find(self.step)
+    )
 
   def _check_finite(self) -> None:
     bad_step = int(self.monitor.bad_step)
@@ -271,6 +308,16 @@ class _Run:
     with self.watchdog.patient():
       for name, tree in self.state.ema.items():
         self.writer.images(self.step, f"samples_{name}", self.sampler(tree))
+    self.clock.restart(self.step)
+
+  def _evaluate(self) -> None:
+    self._check_params()
+    with self.watchdog.patient():
+      found = self.evaluator(self.step, self.state.ema, self.state.params)
+    if found is not None:
+      self.checkpoints.note(self.step, found)
+      scalars = {f"evaluation/{name}": value for name, value in found.items()}
+      self.writer.scalars(self.step, scalars)
     self.clock.restart(self.step)
 
   def _check_params(self) -> None:

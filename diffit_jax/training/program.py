@@ -189,11 +189,21 @@ def _check_ranges(config: config_dict.ConfigDict) -> None:
       f" kind 'power', and this config has none (only {sorted(config.ema)}):"
       " use the variant ema=power, or snapshot_every_steps=0"
     )
-  if config.keep_best_by not in ("", *BEST_BY):
+  distances = ()
+  if config.get("evaluate_every_steps"):
+    distances = filter(_is_distance, config.evaluation.metrics)
+  allowed = sorted((*BEST_BY, *distances))
+  if config.keep_best_by not in ("", *allowed):
     raise UserError(
-      f"keep_best_by={config.keep_best_by!r}: use one of {sorted(BEST_BY)}, or"
-      " '' to keep no best checkpoint"
+      f"keep_best_by={config.keep_best_by!r}: use one of {allowed}, or '' to"
+      " keep no best checkpoint; a distance, as fid, needs evaluate_every_steps"
+      " and must be among evaluation.metrics"
     )
+
+
+def _is_distance(metric: str) -> bool:
+  """Whether less of it is better."""
+  return metric.startswith(("fid", "sfid", "kid", "frechet", "kernel"))
 
 
 def init_params(model: nn.Module, config: config_dict.ConfigDict):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,9 @@ from diffit_jax.evaluation import (
   load_inception,
   resize,
 )
-from goldens import hfill
+import inception_fill
 
-# Of the float64 network on `golden_input` with the weights of `fill`.
+# Of the float64 network on `golden_input`, weights of `inception_fill.fill`.
 POOL = {
   0: 1.42192406,
   1: 0.552584094,
@@ -35,21 +36,6 @@ SPATIAL = [
 ]
 SPATIAL_SUM, POOL_MEAN = 2106.555212, 0.727298925
 DIGEST = "1eb75d93b79ba84bbdd17becd9427fbc052fb95781670dfbbdf55e8497fef4d7"
-
-
-def fill() -> dict[str, np.ndarray]:
-  """Every tensor of a file, float64."""
-  state = {}
-  for key, shape in inception_weights.expected_shapes().items():
-    if key.endswith("conv.weight"):
-      state[key] = hfill(key, shape, (6 / np.prod(shape[1:])) ** 0.5)
-    elif key.endswith("running_var"):
-      state[key] = 1 + hfill(key, shape, 0.3)
-    elif key.endswith("bn.weight"):
-      state[key] = 1 + hfill(key, shape, 0.1)
-    else:
-      state[key] = hfill(key, shape, 0.05 if key == "fc.weight" else 0.1)
-  return state
 
 
 def golden_input() -> np.ndarray:
@@ -78,7 +64,7 @@ def check_golden(found, fc_bias, rtol):
 
 @pytest.fixture(scope="module")
 def state():
-  return fill()
+  return inception_fill.fill()
 
 
 @pytest.fixture(scope="module")
@@ -88,15 +74,9 @@ def extractor(state):
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory, state):
-  """The weights in float32, with the counters that PyTorch writes."""
-  tensors = {k: a.astype(np.float32) for k, a in state.items()}
-  for key in state:
-    if key.endswith("running_var"):
-      counter = key.replace("running_var", "num_batches_tracked")
-      tensors[counter] = np.zeros((), np.int64)
-  path = tmp_path_factory.mktemp("inception") / "inception.safetensors"
-  save_file(tensors, path)
-  return path
+  """The weights as PyTorch's file has them."""
+  folder = tmp_path_factory.mktemp("inception")
+  return pathlib.Path(inception_fill.write(folder / "i.safetensors", state))
 
 
 class TestNetwork:

@@ -224,6 +224,18 @@ def test_inception_score_of_any_batches(size):
   )
 
 
+@pytest.mark.parametrize("cut", [0, 3, 5, 7])
+def test_inception_score_resumes_to_the_same_bits(cut):
+  logits = features(13, 6, seed=1)
+  whole, first = InceptionScore(5), InceptionScore(5)
+  for part in (logits[:cut], logits[cut:]):
+    whole.update(part)
+  first.update(logits[:cut])
+  second = InceptionScore.from_state(first.state())
+  second.update(logits[cut:])
+  assert second.result() == whole.result()
+
+
 def test_inception_score_holds_sums_only():
   score = InceptionScore(500)
   score.update(np.random.default_rng(0).normal(size=(1700, 10)))

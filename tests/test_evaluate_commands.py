@@ -1,0 +1,320 @@
+"""evaluate as a user types it: from images to cards, and mistakes."""
+
+import signal
+import time
+
+import numpy as np
+from PIL import Image
+import pytest
+
+import commands
+from diffit_jax.evaluation import card
+import inception_fill
+import two_processes as driver
+
+RNG = np.random.default_rng(0)
+NUM = 6  # samples, few, as Inception takes its time on a CPU
+CIFAR = "--config=configs/cifar10.py:debug --config.data.name=tiny32"
+
+
+def read(path) -> dict:
+  return card.read(path)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  """prepare, train and sample on images as small as CIFAR-10's."""
+  folder = tmp_path_factory.mktemp("evaluate")
+  smooth = np.linspace(0, 200, 32)[:, None, None] * np.ones((32, 32, 3))
+  for i in range(12):
+    path = folder / f"images/class{i % 2}/{i:02d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = (smooth + RNG.integers(0, 56, smooth.shape)).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+  inception_fill.write(folder / "inception.safetensors")
+  data = f"--data_dir={folder}/data"
+  commands.succeed(
+    f"prepare image_folder --name=tiny32 --source={folder}/images"
+    f" --resolution=32 {data}"
+  )
+  commands.succeed(
+    f"main {CIFAR} --workdir={folder}/run {data}"
+    f" --inception={folder}/inception.safetensors"
+    " --config.sample_every_steps=0 --config.evaluate_every_steps=4"
+    " --config.evaluation.num=4 --config.keep_best_by=fid"
+  )
+  commands.succeed(
+    f"sample --workdir={folder}/run --out={folder}/samples --num={NUM}"
+  )
+  return folder
+
+
+@pytest.fixture(scope="module")
+def options(place):
+  return (
+    f"--inception={place}/inception.safetensors --batch_size={NUM}"
+    f" --data_dir={place}/data"
+  )
+
+
+@pytest.fixture(scope="module")
+def statistics(place, options):
+  """A file of statistics of the prepared set."""
+  out = commands.succeed(
+    f"evaluate --build_reference=tiny32 --out={place}/tiny32.npz {options}"
+  )
+  assert out == f"reference: {place}/tiny32.npz (12 images)\n"
+  return place / "tiny32.npz"
+
+
+@pytest.fixture(scope="module")
+def scored(place, options, statistics):
+  """The card of the samples that were written."""
+  out = commands.succeed(
+    f"evaluate --samples={place}/samples --reference={statistics}"
+    f" --out={place}/card.json {options}"
+  )
+  return read(place / "card.json"), out
+
+
+def test_all_metrics_of_cifar10_in_its_debug_form(scored):
+  found, out = scored
+  assert set(found["metrics"]) == {
+    *("fid", "sfid", "inception_score", "precision", "recall", "kid")
+  }
+  assert np.isfinite(list(found["metrics"].values())).all()
+  assert f"FID: {found['metrics']['fid']:.6g}\n" in out
+  assert "FID-50K" not in out
+  assert "6 samples are fewer than the 2048 dimensions" in out
+
+
+def test_the_card_holds_all_that_decides_the_number(scored):
+  found, _ = scored
+  protocol, sampling = found["protocol"], found["samples"]["sampling"]
+  assert protocol["features"]["resize"] == "tf1"
+  assert len(protocol["features"]["sha256"]) == 64
+  assert len(protocol["reference"]["sha256"]) == 64
+  assert protocol["reference"]["num"] == 12
+  assert sampling["sampler"]["solver"] == "edm_heun"
+  assert sampling["sampler"]["steps"] == 3
+  assert sampling["sampler"]["guidance_scale"] == 1
+  assert (sampling["seed"], sampling["ema"], sampling["step"]) == (0, "edm", 4)
+  assert sampling["dtype"] == "float32"
+  assert sampling["matmul_precision"] == "highest"
+  assert sampling["vae"] is None
+  assert len(sampling["weights_sha256"]) == 64
+  about = sampling["about"]
+  assert about["uint8_rule"] == "edm" and len(about["config_sha256"]) == 64
+  assert {"jax", "numpy", "python", "diffit_jax"} <= set(found["software"])
+
+
+def test_statistics_are_in_adms_layout(statistics):
+  """As another program reads them, without our reader."""
+  with np.load(statistics, allow_pickle=False) as file:
+    assert {"mu", "sigma", "mu_s", "sigma_s", "arr_0"} <= set(file.files)
+    assert file["sigma"].shape == (2048, 2048)
+    assert file["mu_s"].shape == (2023,)
+    assert file["arr_0"].shape == (12, 32, 32, 3)
+    assert file["arr_0"].dtype == np.uint8 and file["mu"].dtype == np.float64
+
+
+def test_samples_that_are_never_written_score_the_same(
+  place, options, statistics, scored
+):
+  commands.succeed(
+    f"evaluate --workdir={place}/run --num={NUM} --reference={statistics}"
+    f" --metrics=fid,inception_score --out={place}/direct.json {options}"
+  )
+  direct, (found, _) = read(place / "direct.json"), scored
+  assert set(direct["metrics"]) == {"fid", "inception_score"}
+  for name, value in direct["metrics"].items():
+    np.testing.assert_allclose(value, found["metrics"][name], rtol=1e-6)
+  assert card.deciding(direct["samples"])["sampling"] == (
+    card.deciding(found["samples"])["sampling"]
+  )
+  table = commands.succeed(
+    f"evaluate --compare {place}/card.json {place}/direct.json"
+  )
+  assert table.startswith("|  | FID | sFID |") and "Measured alike" in table
+
+
+def test_an_edm_file_says_what_it_cannot_serve(place, options, statistics):
+  with np.load(statistics) as file:
+    np.savez(place / "edm.npz", mu=file["mu"], sigma=file["sigma"])
+  out = commands.succeed(
+    f"evaluate --samples={place}/samples --reference={place}/edm.npz"
+    f" --out={place}/edm.json {options}"
+  )
+  found = read(place / "edm.json")
+  assert set(found["metrics"]) == {"fid", "inception_score"}
+  assert "holds no spatial statistics" in found["not_computed"]["sfid"]
+  assert "not computed: recall: " in out and "holds no images" in out
+
+
+def test_one_job_on_two_processes_equals_one(place, data_dir):
+  """Eight devices in all, both times; the samples come from the network."""
+  run = place / "digits"
+  commands.succeed(
+    f"main --config=configs/digits.py:debug --workdir={run}"
+    f" --data_dir={data_dir}"
+  )
+  common = (
+    f"evaluate --workdir={run} --features=digits --reference=digits --num=37"
+    f" --data_dir={data_dir} --repeats=2 --batch_size=16"
+  )
+  where = f"--num_processes=2 --coordinator=localhost:{driver.free_port()}"
+  pair = f"-m diffit_jax.{common} --out={place}/pair.json {where}".split()
+  done = driver.run_all([[*pair, f"--process_id={i}"] for i in range(2)])
+  assert [code for code, *_ in done] == [0, 0], done
+  commands.succeed(f"{common} --out={place}/one.json")
+  pair, one = read(place / "pair.json"), read(place / "one.json")
+  for ours, theirs in zip(pair["repeats"], one["repeats"], strict=True):
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+      np.testing.assert_allclose(theirs[name], value, rtol=1e-4)
+  assert one["protocol"]["reported"].startswith("run ")
+
+
+def test_sigterm_keeps_what_was_gathered(place, data_dir):
+  """The digits' debug network is quick, a million samples of it are not."""
+  path = place / "stopped.json"
+  command = (
+    f"evaluate --workdir={place}/digits --features=digits --reference=digits"
+    f" --data_dir={data_dir} --num=1000000 --metrics=frechet_digits"
+    f" --out={path}"
+  )
+  process = commands.start(command)
+  deadline = time.monotonic() + 120
+  while not list(place.glob("stopped.json.reference.partial")):
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.1)
+  time.sleep(4)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 75, err[-2000:]
+  (partial,) = place.glob("stopped.json.samples0.partial")
+  with np.load(partial, allow_pickle=False) as file:
+    num = int(file["num"])
+  assert 0 < num < 1_000_000
+  process = commands.start(command)
+  lines = []
+  for line in process.stderr:
+    lines.append(line)
+    if f"going on from {partial}, {num} images" in line:
+      break
+  process.kill()
+  process.communicate()
+  assert num and f"{num} images" in lines[-1], lines
+
+
+def test_a_sweep_makes_a_card_a_row_and_a_point_of_each_value(place, data_dir):
+  out = commands.succeed(
+    f"evaluate --workdir={place}/digits --features=digits --reference=digits"
+    f" --data_dir={data_dir} --num=20 --sweep=steps=2,4 --out={place}/sweep"
+  )
+  made = {path.name for path in (place / "sweep").iterdir()}
+  assert made == {"steps=2.json", "steps=4.json", "table.md", "plot.png"}
+  steps = [
+    read(place / f"sweep/steps={n}.json")["samples"]["sampling"]["sampler"]
+    for n in (2, 4)
+  ]
+  assert [sampler["steps"] for sampler in steps] == [2, 4]
+  plot = Image.open(place / "sweep/plot.png")
+  assert plot.width > 800 and np.asarray(plot.convert("L")).std() > 10
+  assert (place / "sweep/table.md").read_text().startswith("|  | Fréchet")
+  assert out.endswith(f"plot: {place}/sweep/plot.png\n")
+
+
+def test_kept_samples_are_those_of_sample(place, data_dir):
+  commands.succeed(
+    f"evaluate --workdir={place}/digits --features=digits --reference=digits"
+    f" --data_dir={data_dir} --num=5 --keep_samples={place}/kept --seed=3"
+    f" --out={place}/kept.json"
+  )
+  commands.succeed(
+    f"sample --workdir={place}/digits --num=5 --seed=3 --out={place}/again"
+  )
+  kept, again = (
+    (place / name / "samples_5x8x8x3.npz").read_bytes()
+    for name in ("kept", "again")
+  )
+  assert kept == again
+
+
+def test_mistakes_end_in_one_line(place, options, statistics, data_dir):
+  digits = f"--features=digits --reference=digits --data_dir={data_dir}"
+  np.savez(place / "floats.npz", arr_0=RNG.normal(size=(9, 32, 32, 3)))
+  half = (place / "inception.safetensors").read_bytes()[:1_000_000]
+  (place / "half.safetensors").write_bytes(half)
+  (place / "w.pth").write_bytes(b"PK\x03\x04")
+  samples = f"--samples={place}/samples"
+  for arguments, message in (
+    (f"{samples} --reference=tiny32 --out={place}/x.json", "--inception"),
+    (f"--out={place}/x.json", "--samples"),
+    (f"{samples} --out={place}/x.json", "--reference"),
+    (f"{samples} --reference=tiny32", "--out"),
+    (
+      f"{samples} --reference={place}/no.npz --out={place}/x.json {options}",
+      "no.npz",
+    ),
+    (
+      f"{samples} {digits} --out={place}/x.json",
+      "are 32x32 (height x width), the reference digits is of 8x8",
+    ),
+    (
+      f"--samples={place}/floats.npz --reference={statistics}"
+      f" --out={place}/x.json {options}",
+      "float64",
+    ),
+    (
+      f"{samples} --reference={statistics} --out={place}/x.json"
+      f" --inception={place}/half.safetensors",
+      "partial download",
+    ),
+    (
+      f"{samples} --reference={statistics} --out={place}/x.json"
+      f" --inception={place}/w.pth",
+      "is a pickle and is never loaded",
+    ),
+    (
+      f"{samples} --reference={statistics} --out={place}/x.json {options}"
+      " --resize=pytorch_fid",
+      "were made with another extractor",
+    ),
+    (
+      f"{samples} --reference=tiny32 --per_class --out={place}/x.json"
+      f" {options} --features=pixels",
+      "--per_class needs labels",
+    ),
+    (
+      f"{samples} --reference={statistics} --num=7 --out={place}/x.json"
+      f" {options}",
+      "--num=7 is more than the 6 images",
+    ),
+    (
+      f"{samples} --reference={statistics} --metrics=fud --out={place}/x.json"
+      f" {options}",
+      "'fud' is not among fid",
+    ),
+    (
+      f"--workdir={place}/digits {digits} --sweep=seed=1,2 --out={place}/y",
+      "with a field of guidance_scale",
+    ),
+    (f"{samples} {digits} --sweep=steps=1 --out={place}/y", "goes with"),
+    (f"--build_reference=tiny32 --out={place}/x.json {options}", ".npz"),
+    (f"--compare {place}/floats.npz", "floats.npz"),
+    (
+      f"{samples} --reference={statistics} --out={place} {options}",
+      "is a folder",
+    ),
+    ("stray", "unexpected argument 'stray'"),
+  ):
+    line = commands.last_error(f"evaluate {arguments}")
+    assert message in line, (arguments, line)
+  assert not (place / "x.json").exists() and not (place / "y").exists()
+
+
+def test_fid_during_training_is_against_its_own_set(place):
+  found = read(place / "run/evaluation/step_00000004.json")
+  assert found["metrics"].keys() == {"fid"}
+  assert found["protocol"]["reference"]["source"] == "tiny32"
