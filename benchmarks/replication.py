@@ -316,8 +316,8 @@ def plot(runs: Sequence[dict], path: pathlib.Path) -> None:
       )  # fmt: skip
     axes.set_title(title, fontsize=10)
     axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(alpha=0.3)
-  panels[0].invert_yaxis()
   figure.suptitle(
     f"digits, {runs[0]['settings']['steps']} steps: dots are seeds, bars their"
     " mean and standard deviation",
