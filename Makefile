@@ -1,5 +1,6 @@
 # make demo   trains, samples and scores the digits; FRESH=1 trains anew
 # make test   the whole test suite on CPU
+# make bench  the short benchmarks; writes docs/benchmarks.md
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
@@ -7,7 +8,7 @@ export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export TF_ENABLE_ONEDNN_OPTS ?= 0
 
-.PHONY: demo test test-slow lint setup clean
+.PHONY: demo test test-slow bench lint setup clean
 
 demo: .venv/demo
 	$(BIN)/python -m diffit_jax.demo $(if $(FRESH),--fresh)
@@ -17,6 +18,9 @@ test: .venv/test
 
 test-slow: .venv/test
 	$(BIN)/python -m pytest -m slow
+
+bench: .venv/test
+	$(BIN)/python -m benchmarks
 
 lint: .venv/test
 	$(BIN)/python -m ruff check .

@@ -11,6 +11,8 @@ No setting of the paper. `make demo` runs it and prints what it reached.
 Variants, after a colon and separated by commas:
   window=4|2|8     side of the attention windows on the 8x8 level
   blocks=1|2       blocks per level
+  time_in=tmsa|rpb_time|mlp_time|separate|plain  where time enters
+  embedding=positional|fourier  of the noise level
   precision=paper|bf16  float32, or bfloat16 matrix products
   ema=one|power    the average below, or two more for export --ema=WIDTH
   debug            the same path with a small network and a few steps
@@ -26,6 +28,8 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
     arg,
     window=(4, 2, 8),
     blocks=(1, 2),
+    time_in=("tmsa", "rpb_time", "mlp_time", "separate", "plain"),
+    embedding=("positional", "fourier"),
     precision=("paper", "bf16"),
     ema=("one", "power"),
     debug=(False, True),
@@ -44,6 +48,8 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.model.channel_mult = (1, 2)
   config.model.num_blocks = variant.blocks
   config.model.window_size = variant.window
+  config.model.time_in = variant.time_in
+  config.model.embedding = variant.embedding
   config.model.head_dim = 16
   config.model.time_dim = 128
   config.model.num_classes = 10

@@ -13,12 +13,14 @@ import commands
 from configs import imagenet256
 from diffit_jax import models
 from diffit_jax.interop import files, save_official
+import inception_fill
 from tiny_vae import write_vae
 
 # What the README says -> what fits the small data made here.
 DEBUG = {
   r"(configs/\w+\.py)": r"\1:debug",
   r"--num=\d+": "--num=2",
+  r"(diffit_jax\.evaluate)": r"\1 --batch_size=4",
   r"--resolution=(256|512)": "--resolution=32",
   r"--topology=\S+": "--topology=cpu:4",
 }
@@ -50,6 +52,7 @@ def folder(tmp_path_factory):
     for path in sorted((root / "images1024x1024").iterdir()):
       archive.write(path, path.name)
   write_vae(root / "sd-vae-ft-ema", block_out_channels=[4, 8, 8, 8])
+  inception_fill.write(root / "inception.safetensors")
   config = imagenet256.get_config("debug")
   params = jax.tree.map(
     lambda leaf: rng.normal(size=leaf.shape, scale=0.1).astype(np.float32),
@@ -63,7 +66,7 @@ def folder(tmp_path_factory):
 
 def test_the_readme_names_every_entry_point():
   text = "\n".join(readme_commands())
-  for entry in ("prepare", "main", "sample", "export", "plan"):
+  for entry in ("prepare", "main", "sample", "evaluate", "export", "plan"):
     assert f"python -m diffit_jax.{entry} " in text
 
 
@@ -84,6 +87,7 @@ def test_commands_run_in_order(folder):
     "imagenet",
     "ffhq64.safetensors",
     "mine.safetensors",
+    "card.json",
   }
   line = commands.last_error(
     "sample --workdir=runs/ffhq64 --out=labelled --labels=3",

@@ -19,7 +19,8 @@ from diffit_jax.evaluation import reference as reference_lib
 from diffit_jax.evaluation import scores
 from diffit_jax.evaluation.batches import ImageBatches
 from diffit_jax.evaluation.collector import Collector, PartialFile
-from diffit_jax.evaluation.images import Guard, Images
+from diffit_jax.evaluation.guard import Guard
+from diffit_jax.evaluation.image_set import Images
 from diffit_jax.evaluation.reference import Reference
 from diffit_jax.evaluation.statistics import Statistics
 from diffit_jax.parallel import runtime

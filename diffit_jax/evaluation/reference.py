@@ -26,6 +26,7 @@ import numpy as np
 from diffit_jax import npz
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import images as images_lib
+from diffit_jax.evaluation.image_set import Images
 
 METRICS = ("fid", "sfid", "precision", "recall", "kid")  # against a reference
 SUBSET_SIZE = 10_000  # images that an ADM file holds
@@ -57,7 +58,7 @@ class Reference:
 
   pool: Statistics | None
   spatial: Statistics | None
-  images: images_lib.Images | None
+  images: Images | None
   resolution: int | None
   num: int | None
   about: dict[str, Any]

@@ -18,7 +18,8 @@ from diffit_jax.evaluation.batches import (
   ImageBatches,
   SampledBatches,
 )
-from diffit_jax.evaluation.images import Guard, Images
+from diffit_jax.evaluation.guard import Guard
+from diffit_jax.evaluation.image_set import Images
 from diffit_jax.generation import generator, job
 from diffit_jax.generation.weights import Weights
 

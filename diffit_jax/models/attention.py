@@ -12,7 +12,8 @@ B is a learned relative position bias [heads, n, n], the same for every sample.
 As in the released code, both linear maps carry a bias vector, a linear map
 follows the merged heads, and d is the head width (the paper calls it "a scaling
 factor"). Windowed attention cuts the tokens into non-overlapping squares that
-do not see each other; the time token is the same in each.
+do not see each other; the time token is the same in each. Other places for
+time than (3)-(5), which the paper compares with, are listed in `time_in`.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
+from diffit_jax.models.time_in import TIME_IN
 
 XAVIER = nn.initializers.xavier_uniform()
 ATTENTIONS = ("xla", "cudnn")
@@ -102,6 +104,7 @@ class TMSA(nn.Module):
     dtype: of the matrix products; softmax and bias are float32.
     proj_init: initialiser of the output projection.
     attention: "xla", or "cudnn" for NVIDIA's fused kernel (see `attend`).
+    time_in: where time enters, a key of `TIME_IN`.
     constrain: applied to the projections and the output.
   """
 
@@ -110,6 +113,7 @@ class TMSA(nn.Module):
   dtype: jnp.dtype = jnp.float32
   proj_init: nn.initializers.Initializer = XAVIER
   attention: str = "xla"
+  time_in: str = "tmsa"
   constrain: Constrain = unconstrained
 
   @nn.compact
@@ -125,29 +129,26 @@ class TMSA(nn.Module):
       )
     window = effective_window(side, self.window_size)
     effective_window(max(height, width), window)
-    table = self.param(
-      "relative_position_bias_table",
-      nn.initializers.normal(0.02),
-      ((2 * window - 1) ** 2, self.num_heads),
-    )
-    bias = relative_position_bias(table, window)  # [heads, n, n]
+    entry = TIME_IN[self.time_in]
+    bias = self._bias(time, window) if entry.has_bias else None
 
-    dense = lambda name: nn.Dense(
-      3 * channels, dtype=self.dtype, kernel_init=XAVIER, name=name
+    dense = lambda name, features=3 * channels, init=XAVIER: nn.Dense(
+      features, dtype=self.dtype, kernel_init=init, name=name
     )
     qkv = dense("qkv")(x)
-    # The seam: time enters here and nowhere else in the network.
-    qkv += dense("qkv_temb")(time)[:, None, None, :]
+    if entry.qkv:  # the seam: elsewhere time enters only in ablations
+      qkv += dense("qkv_temb")(time)[:, None, None, :]
     qkv = self.constrain(qkv)
 
-    q, k, v = einops.rearrange(
-      qkv,
-      "b (i p) (j q) (which h d) -> which b (i j) (p q) h d",
-      which=3,
+    windowed = lambda x: einops.rearrange(
+      x,
+      "b (i p) (j q) (h d) -> b (i j) (p q) h d",
       h=self.num_heads,
       p=window,
       q=window,
     )
+    # Cut, then rearranged: so the gradients are joined, not padded and added.
+    q, k, v = map(windowed, jnp.split(qkv, 3, axis=-1))
     self.sow("intermediates", INPUTS, (q, k, bias))  # where they are asked for
     out = attend(q, k, v, bias, self.attention)
     out = einops.rearrange(
@@ -156,17 +157,30 @@ class TMSA(nn.Module):
       i=height // window,
       p=window,
     )
-    out = self.constrain(out)
-    return nn.Dense(
-      channels, dtype=self.dtype, kernel_init=self.proj_init, name="proj"
-    )(out)
+    out = dense("proj", channels, self.proj_init)(self.constrain(out))
+    if entry.output:
+      value = dense("time_value", channels, self.proj_init)
+      out += value(time)[:, None, None, :]
+    return out
+
+  def _bias(self, time: jax.Array, window: int) -> jax.Array:
+    """[heads, n, n], or [b, 1, heads, n, n] where it depends on time."""
+    shape = ((2 * window - 1) ** 2, self.num_heads)
+    init = nn.initializers.normal(0.02)
+    table = self.param("relative_position_bias_table", init, shape)
+    if not TIME_IN[self.time_in].bias_table:
+      return relative_position_bias(table, window)
+    offsets = nn.Dense(shape[0] * shape[1], kernel_init=XAVIER, name="rpb_temb")
+    tables = table + offsets(time).reshape(-1, *shape)
+    spread = jax.vmap(relative_position_bias, in_axes=(0, None))
+    return spread(tables, window)[:, None]
 
 
 def attend(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
-  bias: jax.Array,
+  bias: jax.Array | None,
   attention: str = "xla",
 ) -> jax.Array:
   """Equation (6): softmax(q k^T / sqrt(d) + B) v, softmax in float32.
@@ -175,7 +189,8 @@ def attend(
     q: [*b, n, heads, d] queries; k and v likewise.
     k: keys.
     v: values.
-    bias: [heads, n, n].
+    bias: [heads, n, n], anything that broadcasts to [*b, heads, n, n], or None
+      for B = 0.
     attention: "xla"; or "cudnn", which takes bfloat16 and float16 only and
       rounds the bias to it.
 
@@ -188,7 +203,9 @@ def attend(
   return jnp.einsum("...hnm,...mhd->...nhd", weights, v)
 
 
-def attention_weights(q: jax.Array, k: jax.Array, bias: jax.Array) -> jax.Array:
+def attention_weights(
+  q: jax.Array, k: jax.Array, bias: jax.Array | None
+) -> jax.Array:
   """The softmax of (6): [*b, heads, n, n], axes (query, key), in float32."""
   scale = q.shape[-1] ** -0.5
   logits = jnp.einsum(
@@ -197,7 +214,8 @@ def attention_weights(q: jax.Array, k: jax.Array, bias: jax.Array) -> jax.Array:
     k,
     preferred_element_type=jnp.promote_types(q.dtype, jnp.float32),
   )
-  return jax.nn.softmax(logits + bias, axis=-1)
+  logits = logits if bias is None else logits + bias
+  return jax.nn.softmax(logits, axis=-1)
 
 
 def _attend_cudnn(q, k, v, bias):

@@ -29,6 +29,7 @@ from diffit_jax.models.attention import (
   Constrain,
   unconstrained,
 )
+from diffit_jax.models.time_in import TIME_IN
 
 # CHOICE: the last map of each residual branch starts at 1e-5 times Xavier, as
 # EDM does for its last convolutions, so that a fresh network is near identity.
@@ -160,6 +161,7 @@ class DiffiTBlock(nn.Module):
     dtype: of matrix products and the residual stream.
     last_init: initialiser of the last map of each residual branch.
     attention: "xla" or "cudnn".
+    time_in: where time enters, a key of `TIME_IN`.
     constrain: applied to the activations that matrix products make.
   """
 
@@ -170,6 +172,7 @@ class DiffiTBlock(nn.Module):
   dtype: jnp.dtype = jnp.float32
   last_init: nn.initializers.Initializer = XAVIER
   attention: str = "xla"
+  time_in: str = "tmsa"
   constrain: Constrain = unconstrained
 
   @nn.compact
@@ -189,6 +192,7 @@ class DiffiTBlock(nn.Module):
       dtype=self.dtype,
       proj_init=self.last_init,
       attention=self.attention,
+      time_in=self.time_in,
       constrain=self.constrain,
       name="attn",
     )
@@ -202,7 +206,12 @@ class DiffiTBlock(nn.Module):
     )
     x = self.constrain(x)
     x = x + attention(layer_norm(self.dtype)(x), time)  # (7)
-    x = x + mlp(layer_norm(self.dtype)(x), sample_index)  # (8)
+    h = layer_norm(self.dtype)(x)
+    if TIME_IN[self.time_in].mlp:
+      h += nn.Dense(
+        x.shape[-1], dtype=self.dtype, kernel_init=XAVIER, name="mlp_temb"
+      )(time)[:, None, None, :]
+    x = x + mlp(h, sample_index)  # (8)
     return self.constrain(x)
 
 
@@ -217,6 +226,7 @@ class ResBlock(nn.Module):
     dropout: rate in the MLP.
     dtype: of matrix products, convolutions and the residual stream.
     attention: "xla" or "cudnn".
+    time_in: where time enters, a key of `TIME_IN`.
     constrain: applied to the activations that products make.
   """
 
@@ -227,6 +237,7 @@ class ResBlock(nn.Module):
   dropout: float = 0.0
   dtype: jnp.dtype = jnp.float32
   attention: str = "xla"
+  time_in: str = "tmsa"
   constrain: Constrain = unconstrained
 
   @nn.compact
@@ -245,6 +256,7 @@ class ResBlock(nn.Module):
       dtype=self.dtype,
       last_init=NEAR_ZERO,
       attention=self.attention,
+      time_in=self.time_in,
       constrain=self.constrain,
       name="block",
     )

@@ -23,6 +23,8 @@ import numpy as np
 
 from diffit_jax.errors import UserError
 
+EMBEDDINGS = ("positional", "fourier")
+
 
 def positional_embedding(x: jax.Array, dim: int) -> jax.Array:
   """[sin(x f_k), cos(x f_k)] with f_k = 10000^(-k / (dim/2 - 1)), float32.
@@ -40,6 +42,30 @@ def positional_embedding(x: jax.Array, dim: int) -> jax.Array:
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
+def fourier_embedding(x: jax.Array, frequencies: np.ndarray) -> jax.Array:
+  """[sin(2 pi f_k x), cos(2 pi f_k x)], float32 (Song et al. 2021).
+
+  Args:
+    x: [b] noise labels.
+    frequencies: [dim/2] fixed frequencies f_k.
+
+  Returns:
+    [b, dim]: dim/2 sines, then dim/2 cosines.
+  """
+  angles = x.astype(jnp.float32)[:, None] * (2 * np.pi * frequencies).astype(
+    np.float32
+  )
+  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def fixed_frequencies(num: int) -> np.ndarray:
+  """[num] draws of 16 N(0, 1), the same in every network, float64.
+
+  CHOICE: a constant and no parameter, from numpy's frozen generator.
+  """
+  return 16 * np.random.RandomState(0).standard_normal(num)
+
+
 class NoiseEmbedding(nn.Module):
   """c_noise, label and augmentation labels -> time token.
 
@@ -49,12 +75,14 @@ class NoiseEmbedding(nn.Module):
     num_classes: labels 0..num_classes-1; label num_classes is "no label". 0 is
       an unconditional network without these parameters.
     augment_dim: number of augmentation labels, 0 for a network without them.
+    kind: "positional", or "fourier" with as many random frequencies (Table 8).
   """
 
   num_channels: int
   time_dim: int
   num_classes: int = 0
   augment_dim: int = 0
+  kind: str = "positional"
 
   @nn.compact
   def __call__(
@@ -74,7 +102,11 @@ class NoiseEmbedding(nn.Module):
       kernel_init=nn.initializers.xavier_uniform(),
       name=name,
     )
-    x = positional_embedding(c_noise, self.num_channels)
+    if self.kind == "fourier":
+      frequencies = fixed_frequencies(self.num_channels // 2)
+      x = fourier_embedding(c_noise, frequencies)
+    else:
+      x = positional_embedding(c_noise, self.num_channels)
     if self.num_classes:
       if labels is None:
         labels = jnp.full(c_noise.shape, self.num_classes)

@@ -31,12 +31,14 @@ from diffit_jax.models.blocks import (
   group_norm,
   transform,
 )
-from diffit_jax.models.embeddings import NoiseEmbedding
+from diffit_jax.models.embeddings import EMBEDDINGS, NoiseEmbedding
+from diffit_jax.models.time_in import check_time_in
 
 OPTIONS = {
   "skip": ("concat", "add", "per_block"),
   "head_act": ("silu", "none"),
   "resize": ("conv", "bilinear"),
+  "embedding": EMBEDDINGS,
 }
 
 
@@ -70,6 +72,9 @@ class ImageDiffiT(nn.Module):
     remat: what each block recomputes in the backward pass: "none"; "dots",
       all but the products with weights; "full", everything.
     attention: "xla", or "cudnn" for NVIDIA's fused kernel.
+    time_in: where time enters the blocks: "tmsa", or what the paper compares it
+      with, see `time_in`.
+    embedding: of the noise level, "positional" or "fourier" (Table 8).
     constrain: says where activations lie on the devices.
     map_params: applied to each block's parameters where they are used, to
       gather them from the devices that share them.
@@ -93,6 +98,8 @@ class ImageDiffiT(nn.Module):
   dtype: jnp.dtype = jnp.float32
   remat: str = "none"
   attention: str = "xla"
+  time_in: str = "tmsa"
+  embedding: str = "positional"
   constrain: Constrain = unconstrained
   map_params: MapParams | None = None
 
@@ -127,6 +134,7 @@ class ImageDiffiT(nn.Module):
       self.time_dim,
       self.num_classes,
       self.augment_dim,
+      self.embedding,
       name="embedding",
     )(c_noise, labels, augment_labels)
 
@@ -141,6 +149,7 @@ class ImageDiffiT(nn.Module):
         self.dropout,
         self.dtype,
         self.attention,
+        self.time_in,
         self.constrain,
         name=name,
       )(h, time, sample_index)
@@ -183,6 +192,7 @@ class ImageDiffiT(nn.Module):
           f"model.{field}={getattr(self, field)!r}: use one of {allowed}"
         )
     check_options(self.remat, self.attention)
+    check_time_in(self.time_in, self.attention)
     levels = len(self.channel_mult)
     widths = [self.base_channels * m for m in self.channel_mult]
     depths = self.num_blocks

@@ -18,7 +18,8 @@ from diffit_jax.data import dataset as dataset_lib
 from diffit_jax.data import preparation
 from diffit_jax.data.builders import image_folder
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation import images
+from diffit_jax.evaluation import image_files, images
+from diffit_jax.evaluation.guard import Guard
 from diffit_jax.generation import output
 
 N, SIDE = 12, 8
@@ -255,12 +256,12 @@ def test_the_hash_tells_sets_apart(places, tmp_path, monkeypatch):
   file.write_bytes(data)
   changed = images.open_images(folder).about
   assert changed["content_hash"] != first["content_hash"]
-  monkeypatch.setattr(images, "_HASHED_BYTES", 10)
+  monkeypatch.setattr(image_files, "_HASHED_BYTES", 10)
   large = images.open_images(folder).about
   assert "content_hash" not in large
   monkeypatch.undo()
   file.write_bytes(data + b"x")
-  monkeypatch.setattr(images, "_HASHED_BYTES", 10)
+  monkeypatch.setattr(image_files, "_HASHED_BYTES", 10)
   longer = images.open_images(folder).about
   assert longer["listing_hash"] != large["listing_hash"]
 
@@ -343,7 +344,7 @@ def test_bad_folders_and_zip_files(tmp_path, monkeypatch):
   file = broken / "000002.png"
   file.write_bytes(file.read_bytes()[:100])
   for limit, look in ((1 << 30, images.open_images), (0, _reads)):
-    monkeypatch.setattr(images, "_HASHED_BYTES", limit)
+    monkeypatch.setattr(image_files, "_HASHED_BYTES", limit)
     for where in (mixed, _zip_folder(mixed, tmp_path / "mixed.zip")):
       with pytest.raises(UserError, match=f"of different sizes: {sizes}"):
         look(where)
@@ -482,7 +483,7 @@ def test_no_room_to_inflate(tmp_path, monkeypatch):
 
 
 def test_a_guard_refuses_images_of_one_colour():
-  guard = images.Guard("these samples")
+  guard = Guard("these samples")
   guard.see(PIXELS, np.arange(N))
   bad = PIXELS.copy()
   bad[4] = [7, 8, 9]
@@ -494,10 +495,10 @@ def test_a_guard_refuses_images_of_one_colour():
   with pytest.raises(UserError, match=message):
     guard.see(bad, 100)
   with pytest.raises(UserError, match="image 3 of these samples"):
-    images.Guard("these samples").see(bad[[6, 0]], np.array([3, 9]))
+    Guard("these samples").see(bad[[6, 0]], np.array([3, 9]))
   almost = PIXELS[:1] * 0
   almost[0, -1, -1, -1] = 255
-  images.Guard("these samples").see(almost, 0)
+  Guard("these samples").see(almost, 0)
 
 
 def test_a_guard_warns_of_real_images_of_one_colour(monkeypatch):
@@ -505,7 +506,7 @@ def test_a_guard_warns_of_real_images_of_one_colour(monkeypatch):
   monkeypatch.setattr(
     logging, "warning", lambda text, *a: told.append(text % a)
   )
-  guard = images.Guard("the photographs", refuse=False)
+  guard = Guard("the photographs", refuse=False)
   guard.see(PIXELS, 0)
   guard.finish()
   assert not told
@@ -521,10 +522,10 @@ def test_a_guard_warns_of_real_images_of_one_colour(monkeypatch):
 
 @pytest.mark.parametrize("refuse", [True, False])
 def test_a_guard_refuses_a_set_in_0_to_1(refuse):
-  guard = images.Guard("a set", refuse)
+  guard = Guard("a set", refuse)
   guard.see(PIXELS % 2, 0)
   with pytest.raises(UserError, match=r"exceeds 1: they were in \[0, 1\]"):
     guard.finish()
   guard.see(np.full_like(PIXELS, 2) - PIXELS % 2, N)
   guard.finish()
-  images.Guard("nothing").finish()
+  Guard("nothing").finish()

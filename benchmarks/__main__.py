@@ -1,0 +1,69 @@
+"""`make bench`: the short form of every program, written to docs/benchmarks.md.
+
+  python -m benchmarks [--only=train_step,attention] [--out=docs/benchmarks.md]
+
+The page is what the programs print; nothing in it is typed by hand. Without
+--only it replaces the file, and only once every program has succeeded.
+"""
+
+import ast
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+from absl import app, flags
+
+from benchmarks.report import ROOT
+
+PROGRAMS = (
+  "train_step",
+  "attention",
+  "sampling",
+)
+
+_ONLY = flags.DEFINE_list("only", [], "Programs; all and a new page if empty.")
+_OUT = flags.DEFINE_string("out", "docs/benchmarks.md", "The page.")
+
+HEAD = """# Benchmarks
+
+Written by `make bench`; do not edit. Figures are medians of turns in which the
+alternatives alternate, so that a busy machine slows all of them. Each program
+has a longer form: `python -m benchmarks.NAME --help`.
+"""
+
+
+def run(name: str) -> str:
+  """One program's section of the page."""
+  command = [sys.executable, "-m", f"benchmarks.{name}", "--short"]
+  start = time.monotonic()
+  print(f"{name} ...", file=sys.stderr, flush=True)
+  done = subprocess.run(
+    command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
+  )
+  took = time.monotonic() - start
+  print(f"{name}: {took:.0f} s", file=sys.stderr, flush=True)
+  if done.returncode:
+    raise SystemExit(f"{name} failed with exit code {done.returncode}")
+  source = (ROOT / "benchmarks" / f"{name}.py").read_text()
+  question = ast.get_docstring(ast.parse(source)).partition("\n")[0]
+  return (
+    f"## {name}: {question}\n\n`python -m benchmarks.{name} --short`, took"
+    f" {took:.0f} s\n\n{done.stdout.strip()}\n"
+  )
+
+
+def main(_) -> None:
+  page = "\n".join([HEAD, *map(run, _ONLY.value or PROGRAMS)])
+  if _ONLY.value:
+    print(page)
+    return
+  out = pathlib.Path(ROOT, _OUT.value)
+  partial = out.with_suffix(".partial")
+  partial.write_text(page)
+  os.replace(partial, out)
+
+
+if __name__ == "__main__":
+  app.run(main)

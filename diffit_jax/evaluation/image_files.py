@@ -1,0 +1,105 @@
+"""Images in files: a folder, or a zip that is read without unpacking it."""
+
+import hashlib
+import io
+import pathlib
+import zipfile
+
+import numpy as np
+from PIL import Image
+
+from diffit_jax.data import sources, transforms
+from diffit_jax.errors import UserError
+from diffit_jax.evaluation.image_set import Images, map_in_threads, stack
+
+# What reading an image raises: decoding, and a damaged or strange zip member.
+UNREADABLE = transforms.UNREADABLE + (
+  zipfile.BadZipFile,
+  NotImplementedError,
+  RuntimeError,
+)
+_HASHED_BYTES = 1 << 30  # folders up to this size are read once when opened
+
+
+def open_source(path: pathlib.Path, use_labels: bool = True) -> sources.Source:
+  try:
+    return sources.open_source(str(path), use_labels)
+  except UserError as error:  # which speaks of the flag of another command
+    raise UserError(str(error).replace("--source=", "", 1)) from error
+
+
+def of_files(source: sources.Source, kind: str, given: str) -> Images:
+  """The images of a listed folder or zip file."""
+  names = list(source.sizes)
+  first = _decode(source, names[0], None)
+  shape = first.shape[:2]
+  decode = lambda name: _decode(source, name, (names[0], shape))
+  labels = None
+  if source.labels:
+    labels = np.array([source.labels[name] for name in names], np.int64)
+  about = {"source": given, "kind": kind, "num": len(names)}
+  return Images(
+    num=len(names),
+    shape=shape,
+    read=lambda index: stack(
+      map_in_threads(decode, [names[i] for i in index]), shape
+    ),
+    about=about | _identify(source, names[0], shape),
+    get_labels=lambda: labels,
+  )
+
+
+def _decode(
+  source: sources.Source,
+  name: str,
+  first: tuple[str, tuple[int, int]] | None,
+) -> np.ndarray:
+  """Image of a source -> uint8 [h, w, 3]; `first`: name and size to match."""
+  try:
+    pixels = np.asarray(transforms.open_image(source.read(name)))
+  except UNREADABLE as error:
+    raise _unreadable(source, name, error) from error
+  if first:
+    _check_size(source, name, pixels.shape[:2], *first)
+  return pixels
+
+
+def _unreadable(source, name: str, error: Exception) -> UserError:
+  return UserError(
+    f"{source.path}: the image {name!r} cannot be read ({error}): remove or"
+    " replace it"
+  )
+
+
+def _check_size(source, name, shape, first_name, first_shape) -> None:
+  if shape != first_shape:
+    raise UserError(
+      f"{source.path} holds images of different sizes: {first_name!r} is"
+      f" {_size(first_shape)} and {name!r} {_size(shape)}; bring them to one"
+      " size with: python -m diffit_jax.prepare image_folder"
+      f" --source={source.path} --resolution=SIDE"
+    )
+
+
+def _size(shape: tuple[int, int]) -> str:
+  return f"{shape[1]} wide and {shape[0]} high"
+
+
+def _identify(
+  source: sources.Source, first_name: str, shape: tuple[int, int]
+) -> dict[str, str]:
+  """What tells the source from others; small ones are read, sizes compared."""
+  if sum(source.sizes.values()) > _HASHED_BYTES:
+    return {"listing_hash": source.listing_hash()}
+  digest = hashlib.sha256()
+  for name in source.sizes:
+    try:
+      data = source.read(name)
+      with Image.open(io.BytesIO(data), formats=transforms.FORMATS) as image:
+        width, height = image.size
+    except UNREADABLE as error:
+      raise _unreadable(source, name, error) from error
+    _check_size(source, name, (height, width), first_name, shape)
+    digest.update(f"{name!r} {len(data)} ".encode())
+    digest.update(data)
+  return {"content_hash": digest.hexdigest()}
