@@ -1,7 +1,7 @@
 """Attention of the centre token along the sampling trajectory (Figure 2).
 
-  python benchmarks/attention_maps.py --models=runs/digits --out=attention.png
-  python benchmarks/attention_maps.py --models=runs/with,runs/without
+  python -m benchmarks.attention_maps --models=runs/digits --out=attention.png
+  python -m benchmarks.attention_maps --models=runs/with,runs/without
 
 Each model, a workdir or a .safetensors file, makes samples with its config's
 sampler. In the picture, columns are noise levels of the first sample's

@@ -1,7 +1,7 @@
 """TMSA against its alternatives on digits: many short runs, a table, a plot.
 
-  python benchmarks/replication.py [--out=runs/replication]
-  python benchmarks/replication.py --only=window2,tmsa,window8    # Figure 8
+  python -m benchmarks.replication [--out=runs/replication]
+  python -m benchmarks.replication --only=window2,tmsa,window8    # Figure 8
 
 Trains configs/digits.py once for every variant of VARIANTS and every seed, as
 `diffit_jax.main` does, and scores samples of the averaged weights: the share
@@ -54,8 +54,13 @@ class Variant:
   fields: tuple[tuple[str, int], ...] = ()
 
 
+WIDER = (("time_dim", 196),)  # of 128
 VARIANTS = (
   Variant("tmsa", "T6 H, T7, T8, Fig. 8", "TMSA, window 4: the default"),
+  Variant("rpb_time", "T6 F", "time in the bias alone", "time_in=rpb_time"),
+  Variant("mlp_time", "T6 G", "time in the MLP", "time_in=mlp_time", WIDER),
+  Variant("separate", "T7", "time apart", "time_in=separate", WIDER),
+  Variant("fourier", "T8", "Fourier embedding", "embedding=fourier"),
   Variant("window2", "Fig. 8", "TMSA, window 2", "window=2"),
   Variant("window8", "Fig. 8", "TMSA, window 8: global", "window=8"),
 )
@@ -155,8 +160,7 @@ def run(
   variant: Variant, seed: int, settings: Settings, path: pathlib.Path
 ) -> bool:
   """Trains and scores one run into `path`; False where SIGTERM came first."""
-  import jax
-
+  from benchmarks.report import machine
   from diffit_jax.data import preparation
   from diffit_jax.data.builders import digits as builder
   from diffit_jax.training.loop import train
@@ -178,8 +182,7 @@ def run(
     **score(variant, settings, workdir, data_dir),
     "train_seconds": round(train_seconds, 1),
     "seconds": round(time.monotonic() - start, 1),
-    "jax": jax.__version__,
-    "cores": os.cpu_count(),
+    "machine": machine(),
   }
   partial = path.with_name(f"{path.name}.partial")
   partial.write_text(json.dumps(found, indent=2) + "\n")
