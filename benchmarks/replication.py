@@ -23,12 +23,12 @@ import functools
 import json
 import os
 import pathlib
-import statistics
 import time
 
 from absl import flags
 import numpy as np
 
+from benchmarks import replication_report as report
 from configs import digits
 from diffit_jax import cli
 from diffit_jax.errors import UserError
@@ -64,13 +64,6 @@ VARIANTS = (
   Variant("window2", "Fig. 8", "TMSA, window 2", "window=2"),
   Variant("window8", "Fig. 8", "TMSA, window 8: global", "window=8"),
 )
-
-# Score -> (its name on the plot and in the table, digits after the point).
-SCORES = {
-  "recognised": ("recognised as asked", 3),
-  "frechet_digits": ("Fréchet distance, digits' features", 3),
-  "loss": ("training loss, last tenth", 2),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +120,7 @@ def run_all(
       if path.exists():
         runs.append(read(path, settings))
   if runs:
-    report(runs, out)
+    report.write(runs, out, VARIANTS)
   return len(runs) == seeds * len(chosen)
 
 
@@ -188,7 +181,7 @@ def run(
   partial.write_text(json.dumps(found, indent=2) + "\n")
   os.replace(partial, path)
   print(
-    f"{path.stem}: {', '.join(f'{k} {found[k]:.3f}' for k in SCORES)}"
+    f"{path.stem}: {', '.join(f'{k} {found[k]:.3f}' for k in report.SCORES)}"
     f" ({found['seconds']:.0f} s)",
     flush=True,
   )
@@ -255,78 +248,6 @@ def generator(variant: Variant, settings: Settings):
 
   config = make_config(variant, 0, settings)
   return make_generator(models.make_model(config.model), config, make_mesh())
-
-
-def report(runs: Sequence[dict], out: pathlib.Path) -> None:
-  """Writes and prints what is known of all variants so far."""
-  (out / "results.json").write_text(json.dumps(runs, indent=2) + "\n")
-  text = table(runs)
-  (out / "table.md").write_text(text + "\n")
-  plot(runs, out / "plot.png")
-  print(text)
-  print(f"plot: {out / 'plot.png'}")
-
-
-def table(runs: Sequence[dict]) -> str:
-  """Markdown: a row per variant, mean and standard deviation over its seeds."""
-  header = ["variant", "paper", "config", "parameters"]
-  header += [name for name, _ in SCORES.values()] + ["seeds"]
-  rows = [header, ["---"] * len(header)]
-  for variant in VARIANTS:
-    group = [r for r in runs if r["variant"] == variant.name]
-    if not group:
-      continue
-    fields = "".join(f" {k}={v}" for k, v in variant.fields)
-    rows.append(
-      [
-        variant.what,
-        variant.item,
-        f"`{variant.arg or 'default'}`{fields}",
-        f"{group[0]['parameters']:,}",
-        *(spread([r[k] for r in group], n) for k, (_, n) in SCORES.items()),
-        str(len(group)),
-      ]
-    )
-  return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def spread(values: Sequence[float], places: int) -> str:
-  """Mean ± standard deviation; a single value has none."""
-  mean = f"{statistics.fmean(values):.{places}f}"
-  if len(values) == 1:
-    return mean
-  return f"{mean} ± {statistics.stdev(values):.{places}f}"
-
-
-def plot(runs: Sequence[dict], path: pathlib.Path) -> None:
-  """Every run as a dot, mean and standard deviation as a bar, per score."""
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  there = {r["variant"] for r in runs}
-  names = [v.name for v in VARIANTS if v.name in there]
-  figure = Figure(figsize=(11, 1.2 + 0.42 * len(names)), layout="constrained")
-  FigureCanvasAgg(figure)
-  panels = figure.subplots(1, len(SCORES), sharey=True)
-  for axes, (key, (title, _)) in zip(panels, SCORES.items()):
-    for y, name in enumerate(names):
-      values = [r[key] for r in runs if r["variant"] == name]
-      axes.plot(values, [y] * len(values), "o", color="0.6", ms=4, zorder=1)
-      error = statistics.stdev(values) if len(values) > 1 else 0.0
-      axes.errorbar(
-        statistics.fmean(values), y, xerr=error, fmt="D", ms=5, capsize=4,
-        color="tab:red" if name == "tmsa" else "tab:blue",
-      )  # fmt: skip
-    axes.set_title(title, fontsize=10)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.grid(alpha=0.3)
-  figure.suptitle(
-    f"digits, {runs[0]['settings']['steps']} steps: dots are seeds, bars their"
-    " mean and standard deviation",
-    fontsize=10,
-  )
-  figure.savefig(path, format="png", dpi=120)
 
 
 if __name__ == "__main__":

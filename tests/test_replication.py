@@ -1,10 +1,12 @@
 """The small replication resumes, refuses other settings, and sums up."""
 
+from collections import Counter
 import json
 
 import pytest
 
-from benchmarks import replication
+from benchmarks import replication, replication_report
+from commands import ROOT
 from diffit_jax.errors import UserError
 
 SETTINGS = replication.Settings(steps=4, num=16, debug=True)
@@ -46,13 +48,25 @@ def test_an_unknown_variant_names_the_known_ones():
     replication.choose(["tmsa", "windows"])
 
 
-def test_the_table_gives_mean_and_standard_deviation():
-  run = {"variant": "window2", "parameters": 1234}
+def test_the_table_gives_spread_and_paired_differences():
+  """Differences of 0.1, 0.2 and 0.3: mean 0.2, standard error 0.1 / sqrt 3."""
   runs = [
-    run | {"recognised": a, "frechet_digits": 0.5, "loss": 30 + a}
-    for a in (0.5, 0.6, 0.7)
-  ]
-  row = replication.table(runs).splitlines()[-1]
-  assert row.endswith(
-    "| 1,234 | 0.600 ± 0.100 | 0.500 ± 0.000 | 30.60 ± 0.10 | 3 |"
-  )
+    dict(
+      variant=name, seed=seed, parameters=1234, frechet_digits=0.5, loss=30 + x,
+      recognised=x,
+    )
+    for name, values in (("tmsa", [0.5] * 3), ("window2", [0.6, 0.7, 0.8]))
+    for seed, x in enumerate(values)
+  ]  # fmt: skip
+  row = replication_report.table(runs, replication.VARIANTS).splitlines()[-1]
+  scores = "0.700 ± 0.100 | 0.500 ± 0.000 | 30.70 ± 0.10"
+  assert row.endswith(f"| 1,234 | 3 | {scores} | +0.200 ± 0.058 |")
+
+
+def test_the_report_shows_the_runs_that_are_kept():
+  runs = json.loads((ROOT / "docs" / "replication.json").read_text())
+  text = (ROOT / "docs" / "replication.md").read_text()
+  assert replication_report.table(runs, replication.VARIANTS) in text
+  seeds = Counter(run["variant"] for run in runs)
+  assert seeds.keys() == {v.name for v in replication.VARIANTS}
+  assert min(seeds.values()) >= 3
