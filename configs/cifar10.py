@@ -11,6 +11,11 @@ Variants, after a colon and separated by commas:
   window=4|2|8     side of the attention windows (Figure 8)
   blocks=2|4       blocks per level: appendix I.1, or H.1
   width=1-2-2|2-2-2  channel multipliers: appendix I.1, or EDM's
+  dim=256|512      width of the tokens (Table 3)
+  time=512|256     width of the time token (Table 3)
+  time_in=tmsa|rpb_time|mlp_time|separate|plain  where time enters (Tables 6, 7)
+  embedding=positional|fourier  of the noise level (Table 8)
+  resize=conv|bilinear  between levels (appendix I.1)
   precision=paper|bf16  float32 as in the paper, or bfloat16 matrix products
   duration=edm|iterations  200 million images (EDM), or 200,000 steps (I.1)
   ema=one|power    the average below, or two more for export --ema=WIDTH
@@ -28,13 +33,15 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
     window=(4, 2, 8),
     blocks=(2, 4),
     width=("1-2-2", "2-2-2"),
+    **common.IMAGE_NETWORKS,
     precision=("paper", "bf16"),
     duration=("edm", "iterations"),
     ema=("one", "power"),
     debug=(False, True),
   )
+  passed_on = ("precision", "duration", *common.IMAGE_NETWORKS)
   config = ffhq64.get_config(
-    f"precision={variant.precision},duration={variant.duration}"
+    ",".join(f"{name}={getattr(variant, name)}" for name in passed_on)
     + (",debug" if variant.debug else "")
   )
   config.name = common.run_name("cifar10", arg)

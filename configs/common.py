@@ -34,6 +34,33 @@ def parse_arg(arg: str | None, **variants: tuple) -> types.SimpleNamespace:
   return types.SimpleNamespace(**values)
 
 
+# What the paper's tables change in the image-space network; first the default.
+IMAGE_NETWORKS = {
+  "dim": (256, 512),
+  "time": (512, 256),
+  "time_in": ("tmsa", "rpb_time", "mlp_time", "separate", "plain"),
+  "embedding": ("positional", "fourier"),
+  "resize": ("conv", "bilinear"),
+}
+
+
+def image_network(
+  config: config_dict.ConfigDict, variant: types.SimpleNamespace
+) -> None:
+  """Sets the fields of the variants in IMAGE_NETWORKS.
+
+  Args:
+    config: of an image-space run.
+    variant: from `parse_arg`; `dim` is the tokens' width, of the last level in
+      the default network, `time` that of the time token (Table 3).
+  """
+  config.model.base_channels = variant.dim // 2
+  config.model.time_dim = variant.time
+  config.model.time_in = variant.time_in
+  config.model.embedding = variant.embedding
+  config.model.resize = variant.resize
+
+
 def run_name(stem: str, arg: str | None) -> str:
   """Name of the run, from the config's and its variants."""
   return "-".join([stem, *filter(None, (arg or "").split(","))])

@@ -10,6 +10,11 @@
 Variants, after a colon and separated by commas:
   window=8|4|2     side of the attention windows (Figure 8)
   blocks=4|1-2-2-2 blocks per level: appendix H.1, or I.1
+  dim=256|512      width of the tokens (Table 3)
+  time=512|256     width of the time token (Table 3)
+  time_in=tmsa|rpb_time|mlp_time|separate|plain  where time enters (Tables 6, 7)
+  embedding=positional|fourier  of the noise level (Table 8)
+  resize=conv|bilinear  between levels (appendix I.1)
   precision=paper|bf16  float32 as in the paper, or bfloat16 matrix products
   duration=edm|iterations  200 million images (EDM), or 200,000 steps (I.1)
   ema=one|power    the average below, or two more for export --ema=WIDTH
@@ -26,6 +31,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
     arg,
     window=(8, 4, 2),
     blocks=(4, "1-2-2-2"),
+    **common.IMAGE_NETWORKS,
     precision=("paper", "bf16"),
     duration=("edm", "iterations"),
     ema=("one", "power"),
@@ -68,6 +74,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.model.attention = "xla"  # or cudnn, on NVIDIA, after a check
   config.model.remat = "none"  # none, dots or full: what backward recomputes
   config.model.dtype = "float32"  # of matrix products; state is float32
+  common.image_network(config, variant)
   config.matmul_precision = "highest"  # float32 products without TF32 or bf16
   if variant.precision == "bf16":
     config.model.dtype = "bfloat16"

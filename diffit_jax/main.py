@@ -39,6 +39,12 @@ _DRY_RUN = flags.DEFINE_bool(
   "Print config, parameters, MACs and memory per device, and exit. Needs no"
   " data.",
 )
+_LIST = flags.DEFINE_bool(
+  "list",
+  False,
+  "Print every experiment of the paper with its config, size and cost, and"
+  " exit.",
+)
 _PROFILE_STEPS = flags.DEFINE_string(
   "profile_steps",
   None,
@@ -50,6 +56,12 @@ _RUNTIME = cli.define_runtime_flags()
 
 
 def main() -> int:
+  if _LIST.value:
+    from configs import experiments
+    from diffit_jax.planning import listing
+
+    print(listing.table(experiments.EXPERIMENTS, experiments.SWEEPS))
+    return 0
   config = cli.required_config(_CONFIG)
   if _DRY_RUN.value:
     from diffit_jax.training import report

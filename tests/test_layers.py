@@ -29,7 +29,7 @@ MAY_IMPORT = {
     *("models", "diffusion", "data", "autoencoder", "parallel", "interop"),
     "sampling",  # pictures of sample grids
   },
-  "planning": {"training"},  # compiles its step
+  "planning": {"training", "models"},  # compiles its step, counts networks
   "evaluation": {
     *("data", "parallel", "interop"),
     "generation",  # makes samples

@@ -87,7 +87,9 @@ def trace(config: config_dict.ConfigDict, devices: Sequence) -> Step:
     program=program,
     traced=traced,
     products=tuple(cost.products(traced.jaxpr.jaxpr)),
-    forward_macs=program_lib.forward_macs(config, program),
+    forward_macs=program_lib.forward_macs(
+      program.model, program.abstract.params, config.data.resolution
+    ),
     argument_bytes=state_bytes + batch_bytes,
   )
 

@@ -57,7 +57,11 @@ def build(
   attention_probe.check_config(config, mesh.devices.flat[0].platform)
   model = models.make_model(config.model)
   optimizer = make_optimizer(config.optimizer, config.batch_size)
-  init = make_init(lambda: init_params(model, config), optimizer, config.ema)
+  init = make_init(
+    lambda: init_params(model, config.data.resolution, config.seed),
+    optimizer,
+    config.ema,
+  )
   abstract = abstract_state(init, mesh)
   loss = make_loss(model, config, mesh)
   pure_step = step.make_step(
@@ -206,11 +210,10 @@ def _is_distance(metric: str) -> bool:
   return metric.startswith(("fid", "sfid", "kid", "frechet", "kernel"))
 
 
-def init_params(model: nn.Module, config: config_dict.ConfigDict):
-  """Fresh parameters from the config's seed."""
-  side = config.data.resolution
+def init_params(model: nn.Module, side: int, seed: int):
+  """Fresh parameters, for images or latents of side x side."""
   x = jnp.zeros((1, side, side, model.channels))
-  return model.init(jax.random.key(config.seed), x, jnp.zeros(1))["params"]
+  return model.init(jax.random.key(seed), x, jnp.zeros(1))["params"]
 
 
 def batch_shapes(config: config_dict.ConfigDict) -> dict:
@@ -244,10 +247,15 @@ def argument_bytes(
   return state, whole // program.mesh.size
 
 
-def forward_macs(config: config_dict.ConfigDict, program: Program) -> cost.Macs:
-  """Multiply-accumulates of one network evaluation of one image."""
-  side = config.data.resolution
-  x = jax.ShapeDtypeStruct((1, side, side, program.model.channels), jnp.float32)
+def forward_macs(model: nn.Module, params, side: int) -> cost.Macs:
+  """Multiply-accumulates of one network evaluation of one image.
+
+  Args:
+    model: the network.
+    params: its parameters, abstract ones will do.
+    side: of the image or latent.
+  """
+  x = jax.ShapeDtypeStruct((1, side, side, model.channels), jnp.float32)
   t = jax.ShapeDtypeStruct((1,), jnp.float32)
-  run = lambda params, x, t: program.model.apply({"params": params}, x, t)
-  return cost.count_macs(run, program.abstract.params, x, t)
+  run = lambda params, x, t: model.apply({"params": params}, x, t)
+  return cost.count_macs(run, params, x, t)

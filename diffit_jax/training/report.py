@@ -16,9 +16,9 @@ def dry_run(config: config_dict.ConfigDict) -> str:
   program = program_lib.build(config)
   params = program.abstract.params
   num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-  memory, macs = (
-    _memory(config, program),
-    program_lib.forward_macs(config, program),
+  memory = _memory(config, program)
+  macs = program_lib.forward_macs(
+    program.model, params, config.data.resolution
   )
   lines = [
     str(config),

@@ -43,7 +43,9 @@ def test_products_convolutions_and_loops():
 )
 def test_latent_model(config, without_attention, total):
   program = program_lib.build(config, jax.devices()[:1])
-  macs = program_lib.forward_macs(config, program)
+  macs = program_lib.forward_macs(
+    program.model, program.abstract.params, config.data.resolution
+  )
   assert round(macs.without_attention / 1e9, 3) == without_attention
   assert round(macs.total / 1e9, 3) == total
   formula = latent.macs(program.model)
