@@ -1,5 +1,6 @@
 """What the documents say of the code is so."""
 
+import importlib
 import re
 
 import jax
@@ -88,3 +89,12 @@ def test_other_counts():
   _, num = shapes(imagenet256.get_config())
   positions = 16 * 16 * 1152
   assert f"{num + positions:,} with" in ARCHITECTURE
+
+
+def test_configs_and_their_variants_exist():
+  for path in DOCS:
+    named = re.findall(r"configs/(\w+)\.py(?::([\w=,.-]+))?", path.read_text())
+    for file, arg in named:
+      if file != "X":
+        module = importlib.import_module(f"configs.{file}")
+        module.get_config(arg.rstrip(".,"))
