@@ -17,6 +17,7 @@ averaged over tokens, heads and --num samples.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
+import pathlib
 
 from absl import flags
 from flax import linen as nn
@@ -83,7 +84,10 @@ def follow(
   model = models.make_model(config.model)
   if model.num_classes:
     labels = generator.choose_labels(
-      np.arange(num), seed, model.num_classes, labels or "0-9"
+      np.arange(num),
+      seed,
+      model.num_classes,
+      labels or f"0-{model.num_classes - 1}",
     )
   options = generator.SamplerOptions.from_config(config)
   denoiser = guidance.guided(
@@ -260,6 +264,7 @@ def draw(found: Sequence[Maps], num_blocks: int, path: str) -> None:
     line[0].set_ylabel(
       label, rotation=0, ha="right", va="center", fontsize=7, labelpad=6
     )
+  pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, format="png", dpi=130)
 
 
@@ -278,7 +283,7 @@ if __name__ == "__main__":
   flags.DEFINE_list("models", None, "Workdirs or .safetensors files.")
   flags.DEFINE_string("out", "attention.png", "The picture.")
   flags.DEFINE_string(
-    "labels", None, "Classes, in turn; default 0-9 where there are any."
+    "labels", None, "Classes, in turn; default all there are."
   )
   flags.DEFINE_integer("seed", 0, "Of the initial noise.", 0)
   flags.DEFINE_integer("num", 20, "Samples that the table is made of.", 1)
