@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from benchmarks import attention_maps
-from configs import digits
+from configs import digits, imagenet256
 from diffit_jax import models, sampling
 from diffit_jax.generation.weights import Weights
 from diffit_jax.models import attention
@@ -78,17 +78,21 @@ def test_the_trajectory_is_the_samplers():
   )
 
 
-def test_a_whole_model(tmp_path):
-  config = digits.get_config("debug")
-  shapes = jax.eval_shape(
-    lambda: models.make_model(config.model).init(
-      jax.random.key(0), np.zeros((1, 8, 8, 1)), np.zeros(1)
-    )
-  )["params"]
+def follow(config, **kwargs):
+  """Maps of a network of random weights."""
+  model, side = models.make_model(config.model), config.data.resolution
+  x = np.zeros((1, side, side, model.channels))
+  init = lambda: model.init(jax.random.key(0), x, np.zeros(1))["params"]
   rng = np.random.default_rng(0)
-  params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape) / 4, shapes)
+  params = jax.tree.map(
+    lambda leaf: rng.normal(size=leaf.shape) / 4, jax.eval_shape(init)
+  )
   loaded = Weights(params, config, step=0, ema="edm", source="made up")
-  maps = attention_maps.follow(loaded, 4, seed=0, labels=None, columns=3)
+  return attention_maps.follow(loaded, 4, seed=0, labels=None, **kwargs)
+
+
+def test_a_whole_model(tmp_path):
+  maps = follow(digits.get_config("debug"), columns=3)
   assert list(maps.weights) == [
     "encoder_0_block_0",
     "encoder_1_block_0",
@@ -96,10 +100,17 @@ def test_a_whole_model(tmp_path):
   ]
   for block, each in maps.weights.items():
     windows = 1 if block.startswith("encoder_1") else 4
-    assert each.shape[:3] == (3, 4, windows) and each.shape[-2:] == (16, 16)
+    assert each.shape == (3, 4, windows, each.shape[3], 16, 16)
     np.testing.assert_allclose(each.sum(-1), 1, atol=1e-5)
   still = np.repeat(maps.weights["encoder_0_block_0"][:1], 3, axis=0)
   assert attention_maps.moved(still) == 0
   assert attention_maps.table([maps]).count("\n") == 4
-  attention_maps.draw([maps], 2, str(tmp_path / "maps.png"))
-  assert (tmp_path / "maps.png").stat().st_size > 5_000
+  attention_maps.draw([maps], 2, str(tmp_path / "new" / "maps.png"))
+  assert (tmp_path / "new" / "maps.png").stat().st_size > 5_000
+
+
+def test_a_latent_model_with_its_blocks_in_a_loop():
+  maps = follow(imagenet256.get_config("debug"), columns=2)
+  assert list(maps.weights) == ["blocks_0", "blocks_1"]
+  assert maps.levels.tolist() == [999, 0]
+  assert maps.weights["blocks_1"].shape == (2, 4, 1, 2, 4, 4)
