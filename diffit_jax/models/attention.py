@@ -28,6 +28,7 @@ from diffit_jax.models.time_in import TIME_IN
 
 XAVIER = nn.initializers.xavier_uniform()
 ATTENTIONS = ("xla", "cudnn")
+INPUTS = "attention_inputs"  # (q, k, bias), left where a caller asks for them
 
 # Says where an activation [b, ...] lies on the devices, or returns it as it is.
 Constrain = Callable[[jax.Array], jax.Array]
@@ -150,6 +151,7 @@ class TMSA(nn.Module):
     )
     # Cut, then rearranged: so the gradients are joined, not padded and added.
     q, k, v = map(windowed, jnp.split(qkv, 3, axis=-1))
+    self.sow("intermediates", INPUTS, (q, k, bias))  # where they are asked for
     out = attend(q, k, v, bias, self.attention)
     out = einops.rearrange(
       out,
@@ -199,6 +201,14 @@ def attend(
   """
   if attention == "cudnn":
     return _attend_cudnn(q, k, v, bias)
+  weights = attention_weights(q, k, bias).astype(v.dtype)
+  return jnp.einsum("...hnm,...mhd->...nhd", weights, v)
+
+
+def attention_weights(
+  q: jax.Array, k: jax.Array, bias: jax.Array | None
+) -> jax.Array:
+  """The softmax of (6): [*b, heads, n, n], axes (query, key), in float32."""
   scale = q.shape[-1] ** -0.5
   logits = jnp.einsum(
     "...nhd,...mhd->...hnm",
@@ -207,8 +217,7 @@ def attend(
     preferred_element_type=jnp.promote_types(q.dtype, jnp.float32),
   )
   logits = logits if bias is None else logits + bias
-  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-  return jnp.einsum("...hnm,...mhd->...nhd", weights, v)
+  return jax.nn.softmax(logits, axis=-1)
 
 
 def _attend_cudnn(q, k, v, bias):

@@ -1,0 +1,292 @@
+"""Attention of the centre token along the sampling trajectory (Figure 2).
+
+  python -m benchmarks.attention_maps --models=runs/digits --out=attention.png
+  python -m benchmarks.attention_maps --models=runs/with,runs/without
+
+Each model, a workdir or a .safetensors file, makes samples with its config's
+sampler. In the picture, columns are noise levels of the first sample's
+trajectory; rows are its noisy image and, for some of the blocks, the softmax of
+equation (6) with the centre token (red) as the query, averaged over heads: what
+that token reads at that moment. A row's colours go from 0 to the number beside
+it. A windowed block sees its window only; the rest is left gray.
+
+The table says how far attention moves between the first column and the last:
+the share of a token's weight that lands on other tokens (total variation),
+averaged over tokens, heads and --num samples.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import pathlib
+
+from absl import flags
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import config_dict
+import numpy as np
+
+from diffit_jax import cli, models, sampling
+from diffit_jax.diffusion import edm, guidance
+from diffit_jax.generation import generator, weights
+from diffit_jax.models import attention, latent
+from diffit_jax.parallel.mesh import make_mesh
+from diffit_jax.sampling.loop import Denoiser, Solver
+
+
+@dataclasses.dataclass(frozen=True)
+class Maps:
+  """What was seen of one model.
+
+  Attributes:
+    name: of its config.
+    levels: [columns] noise levels, falling.
+    states: [columns, h, w, c] the first sample on its way.
+    weights: {block: [columns, b, windows, heads, n, n]} in the network's order.
+  """
+
+  name: str
+  levels: np.ndarray
+  states: np.ndarray
+  weights: dict[str, np.ndarray]
+
+
+def main() -> int:
+  given = flags.FLAGS
+  cli.require_one_of(models=given.models)
+  found = [
+    follow(load(path), given.num, given.seed, given.labels, given.columns)
+    for path in given.models
+  ]
+  print(table(found))
+  draw(found, given.rows, given.out)
+  print(f"picture: {given.out}")
+  return 0
+
+
+def load(path: str) -> weights.Weights:
+  """The averaged weights of a workdir or a file, on one device."""
+  mesh = make_mesh(devices=jax.devices()[:1])
+  if path.endswith(".safetensors"):
+    return weights.from_file(path, mesh)
+  return weights.from_workdir(path, mesh)
+
+
+def follow(
+  loaded: weights.Weights,
+  num: int,
+  seed: int,
+  labels: str | None,
+  columns: int,
+) -> Maps:
+  """Samples, and looks at the attention at some noise levels on the way."""
+  config, params = loaded.config, loaded.params
+  model = models.make_model(config.model)
+  if model.num_classes:
+    labels = generator.choose_labels(
+      np.arange(num),
+      seed,
+      model.num_classes,
+      labels or f"0-{model.num_classes - 1}",
+    )
+  options = generator.SamplerOptions.from_config(config)
+  denoiser = guidance.guided(
+    generator.make_network(model, params, config),
+    labels,
+    model.num_classes,
+    **options.cfg,
+  )
+  solver = sampling.SOLVERS[options.solver](**options.solver_options)
+  shape = (num, *[config.data.resolution] * 2, model.channels)
+  states = list(
+    trajectory(jax.jit(denoiser), solver, jax.random.key(seed), shape)
+  )
+  chosen = np.linspace(0, len(states) - 1, columns).round().astype(int)
+  look = jax.jit(attention_weights(model, config, labels))
+  seen = [look(params, *states[i]) for i in chosen]
+  return Maps(
+    name=config.name,
+    levels=np.array([states[i][1][0] for i in chosen]),
+    states=np.array([states[i][0][0] for i in chosen]),
+    weights={
+      name: np.stack([each[name] for each in seen])
+      for name in sorted(seen[0], key=network_order)
+    },
+  )
+
+
+def trajectory(
+  denoiser: Denoiser, solver: Solver, key: jax.Array, shape: Sequence[int]
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+  """(x, level [b]) of every evaluation of a solver's run, one by one."""
+  draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), shape)
+  carry = solver.start(draw(solver.num_draws))
+  for i in range(solver.num_evaluations):
+    row = {name: table[i] for name, table in solver.rows.items()}
+    z = draw(row["draw"]) if solver.num_draws else None
+    carry, x, level = solver.query(carry, row, z)
+    level = jnp.broadcast_to(level, shape[:1])
+    yield x, level
+    carry = solver.update(carry, row, denoiser(x, level), z)
+
+
+def attention_weights(
+  model: nn.Module, config: config_dict.ConfigDict, labels
+) -> Callable[..., dict[str, jax.Array]]:
+  """(params, x, level) -> {block: softmax of (6), [b, windows, heads, n, n]}.
+
+  The network runs as it samples; each attention leaves its q, k and bias, of
+  which the weights are made again.
+  """
+  if config.model.get("scan_blocks"):
+    model = model.clone(scan_blocks=False)
+
+  def run(params, x, level):
+    if config.model.get("scan_blocks"):
+      params = latent.unstack_blocks(params)
+    found = {}
+
+    def network(x, level):
+      out, left = model.apply(
+        {"params": params}, x, level, labels, mutable=["intermediates"]
+      )
+      found.update(_flatten(left["intermediates"]))
+      return out
+
+    if config.diffusion.kind == "edm":
+      edm.denoise(network, x, level, sigma_data=config.diffusion.sigma_data)
+    else:
+      network(x, level)
+    return {
+      name: attention.attention_weights(*inputs)
+      for name, inputs in found.items()
+    }
+
+  return run
+
+
+def _flatten(left: Mapping, prefix: str = "") -> dict[str, tuple]:
+  """{block: (q, k, bias)} of what all attentions left."""
+  found = {}
+  for name, value in left.items():
+    if name == attention.INPUTS:
+      found[prefix.partition("/")[0]] = value[0]
+    else:
+      found |= _flatten(value, f"{prefix}/{name}" if prefix else name)
+  return found
+
+
+def network_order(block: str) -> tuple:
+  """Sorts encoder_0_block_0, ..., decoder_0_block_1; and blocks_0, blocks_1."""
+  part, *numbers = block.split("_")
+  numbers = [int(number) for number in numbers if number.isdigit()]
+  if part == "decoder":
+    return 1, -numbers[0], *numbers[1:]
+  return 0, *numbers
+
+
+def centre_map(weights: np.ndarray) -> np.ndarray:
+  """What the centre token reads.
+
+  Args:
+    weights: [windows, heads, n, n], windows and tokens numbered along rows.
+
+  Returns:
+    [side, side] mean over heads; NaN outside of the token's window.
+  """
+  windows, _, n, _ = weights.shape
+  across, window = round(windows**0.5), round(n**0.5)
+  centre = across * window // 2
+  number, place = divmod(centre, window)
+  row = weights[number * across + number, :, place * window + place].mean(0)
+  out = np.full([across * window] * 2, np.nan)
+  start = number * window
+  out[start : start + window, start : start + window] = row.reshape(
+    window, window
+  )
+  return out
+
+
+def moved(weights: np.ndarray) -> float:
+  """Total variation between first and last column, mean over all queries."""
+  first, last = weights[0].astype(np.float64), weights[-1]
+  return float(np.abs(first - last).sum(-1).mean() / 2)
+
+
+def table(found: Sequence[Maps]) -> str:
+  """Markdown: how far the attention of every block moved."""
+  lines = ["| model | block | heads | window | attention moved |"]
+  lines.append("|---|---|---|---|---|")
+  for maps in found:
+    for block, each in maps.weights.items():
+      *_, heads, n, _ = each.shape
+      lines.append(
+        f"| {maps.name} | {block} | {heads} | {round(n**0.5)} |"
+        f" {moved(each):.3f} |"
+      )
+  return "\n".join(lines)
+
+
+def draw(found: Sequence[Maps], num_blocks: int, path: str) -> None:
+  """Writes the picture: states and centre maps, a column per noise level."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  columns = len(found[0].levels)
+  rows = [
+    (maps, block)
+    for maps in found
+    for block in [None, *_spread(list(maps.weights), num_blocks)]
+  ]
+  figure = Figure(
+    figsize=(1.9 + 1.05 * columns, 0.3 + 1.15 * len(rows)),
+    layout="constrained",
+  )
+  FigureCanvasAgg(figure)
+  grid = figure.subplots(len(rows), columns, squeeze=False)
+  for line, (maps, block) in zip(grid, rows):
+    pictures = list(maps.states)
+    if block:
+      pictures = [centre_map(each[0]) for each in maps.weights[block]]
+    top = np.nanmax(pictures) if block else None
+    for axes, level, picture in zip(line, maps.levels, pictures):
+      axes.set(xticks=[], yticks=[], facecolor="0.85")
+      if block:
+        axes.imshow(picture, vmin=0, vmax=top, cmap="viridis")
+        centre = len(picture) // 2
+        axes.plot(centre, centre, "r+", ms=5)
+      else:
+        axes.set_title(f"{level:.3g}", fontsize=8)
+        axes.imshow(_visible(picture), cmap="gray")
+    label = (
+      f"{block}\nup to {top:.2f}" if block else f"{maps.name}\nnoise level"
+    )
+    line[0].set_ylabel(
+      label, rotation=0, ha="right", va="center", fontsize=7, labelpad=6
+    )
+  pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, format="png", dpi=130)
+
+
+def _spread(blocks: list[str], num: int) -> list[str]:
+  index = np.linspace(0, len(blocks) - 1, min(num, len(blocks)))
+  return [blocks[i] for i in index.round().astype(int)]
+
+
+def _visible(state: np.ndarray) -> np.ndarray:
+  """A noisy state in 0..1, gray or with its first three channels."""
+  state = state[..., :3] if state.shape[-1] >= 3 else state[..., 0]
+  return (state - state.min()) / np.ptp(state)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_list("models", None, "Workdirs or .safetensors files.")
+  flags.DEFINE_string("out", "attention.png", "The picture.")
+  flags.DEFINE_string(
+    "labels", None, "Classes, in turn; default all there are."
+  )
+  flags.DEFINE_integer("seed", 0, "Of the initial noise.", 0)
+  flags.DEFINE_integer("num", 20, "Samples that the table is made of.", 1)
+  flags.DEFINE_integer("columns", 8, "Noise levels shown.", 2)
+  flags.DEFINE_integer("rows", 4, "Blocks shown, evenly spread.", 1)
+  cli.run(main)
