@@ -1,31 +1,27 @@
 """Milliseconds per image of the FID Inception, by layer and beside PyTorch.
 
-  python benchmarks/inception.py [--torch_python=PATH] [--json=FILE]
+  python -m benchmarks.inception [--torch_python=PATH] [--json=FILE]
 
 The weights are made up, the sizes real, and every figure is the median of
 turns at full float32 precision. With a Python that has torch, the same network
-there (`torch_inception.py`) takes turns with ours, on the same images, weights
-and cores, and both must give the same features.
+there takes turns with ours, on the same images, weights and cores, and must
+give the same features.
 """
 
 from collections.abc import Callable
-import contextlib
-import json
+import functools
 import math
-import os
 import pathlib
-import platform
-import statistics
-import subprocess
 import tempfile
-import time
 from unittest import mock
 
 from absl import app, flags
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
+from benchmarks import report, yardstick
 from diffit_jax.evaluation import (
   inception,
   inception_weights,
@@ -35,35 +31,13 @@ from diffit_jax.evaluation import (
 from diffit_jax.training import cost
 
 _BATCH = flags.DEFINE_integer("batch_size", 16, "Images per call.", 1)
-_TURNS = flags.DEFINE_integer("turns", 7, "Measured turns, after one.", 1)
+_TURNS = flags.DEFINE_integer("turns", 5, "Measured turns, after one.", 1)
 _SIDE = flags.DEFINE_integer("side", 256, "Of the images to resize.", 1)
-_TORCH = flags.DEFINE_string(
-  "torch_python", None, "Python that has torch, to compare with."
-)
-_JSON = flags.DEFINE_string("json", None, "Also write the figures to a file.")
-
-
-def seconds(function: Callable, *args) -> float:
-  """One call, until its results are there."""
-  start = time.perf_counter()
-  jax.block_until_ready(function(*args))
-  return time.perf_counter() - start
 
 
 def median_seconds(function: Callable, *args) -> float:
-  jax.block_until_ready(function(*args))  # compiles
-  return statistics.median(
-    seconds(function, *args) for _ in range(_TURNS.value)
-  )
-
-
-def matmul_rate(n: int = 2048) -> float:
-  """Products of float32 matrices, in 10^9 operations per second."""
-  a = jnp.ones((n, n))
-  product = jax.jit(
-    lambda a: jnp.dot(a, a, precision=jax.lax.Precision.HIGHEST)
-  )
-  return 2 * n**3 / median_seconds(product, a) / 1e9
+  call = functools.partial(report.seconds, function, *args)
+  return report.medians(report.in_turns({"": call}, _TURNS.value))[""]
 
 
 def made_up_state() -> dict[str, np.ndarray]:
@@ -139,103 +113,58 @@ def time_network(params: dict, x: jax.Array) -> dict[str, float]:
   return took
 
 
-@contextlib.contextmanager
-def torch_process(state: dict, x: np.ndarray):
-  """Starts the yardstick; gives its features, version and a timed turn."""
-  with tempfile.TemporaryDirectory() as name:
-    folder = pathlib.Path(name)
-    with open(folder / "weights", "wb") as file:
-      for key in sorted(state):
-        file.write(np.ascontiguousarray(state[key], "<f4").data)
-    np.ascontiguousarray(x.transpose(0, 3, 1, 2), "<f4").tofile(
-      folder / "images"
-    )
-    script = pathlib.Path(__file__).with_name("torch_inception.py")
-    command = [_TORCH.value, str(script), str(folder), str(len(x))]
-    with subprocess.Popen(
-      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-      version = process.stdout.readline().strip()
-      if not version:
-        raise SystemExit(f"{_TORCH.value} could not run {script}")
-      features = np.fromfile(folder / "features", "<f4").reshape(len(x), -1)
-
-      def turn() -> float:
-        process.stdin.write("\n")
-        process.stdin.flush()
-        return float(process.stdout.readline())
-
-      yield features, version, turn
-      process.stdin.close()
-
-
-def compare(state: dict, params: dict, x: np.ndarray) -> dict:
+def compare(state: dict, params: dict, x: np.ndarray, call: Callable) -> dict:
   """Ours and PyTorch's forward pass, in turns."""
   ours = network()
-  with torch_process(state, x) as (features, version, turn):
-    found = np.asarray(ours(params, x)["pool"])
-    off = np.abs(found - features).max() / np.abs(features).max()
-    if not off < 1e-4:
-      raise SystemExit(f"features differ by {off:.1e} of the largest")
-    times = [
-      (seconds(ours, params, x), turn()) for _ in range(_TURNS.value + 1)
-    ]
-  mine, its = (statistics.median(t) / len(x) for t in zip(*times[1:]))
+  with tempfile.TemporaryDirectory() as folder:
+    path = lambda name: str(pathlib.Path(folder, name))
+    save_file(state, path("weights"))
+    save_file({"x": x}, path("images"))
+    call("load", weights=path("weights"), images=path("images"))
+    call("run", output=path("features"))
+    features = load_file(path("features"))["features"]
+  off = yardstick.check_equal(ours(params, x)["pool"], features, "features")
+  times = report.in_turns(
+    {
+      "ours": functools.partial(report.seconds, ours, params, x),
+      "torch": functools.partial(call, "run"),
+    },
+    _TURNS.value,
+  )
+  ms = {k: 1e3 * v / len(x) for k, v in report.medians(times).items()}
   return {
-    "version": version,
-    "ours_ms": 1e3 * mine,
-    "torch_ms": 1e3 * its,
-    "ratio": mine / its,
-    "difference": float(off),
+    "ours ms/image": ms["ours"],
+    "torch ms/image": ms["torch"],
+    "ours / torch": ms["ours"] / ms["torch"],
+    "largest difference": off,
   }
-
-
-def print_report(report: dict) -> None:
-  print(report["machine"])
-  print("\n| part | size | channels | ms/image | GFLOP/s |")
-  print("|---|---|---|---|---|")
-  for row in sorted(report["parts"], key=lambda row: -row["ms"]):
-    print(
-      f"| {row['part']} | {row['size']} | {row['channels']}"
-      f" | {row['ms']:.2f} | {row['gflops']:.0f} |"
-    )
-  print("\n| whole | ms/image |")
-  print("|---|---|")
-  for name, ms in report["ms"].items():
-    print(f"| {name} | {ms:.1f} |")
-  beside = report["torch"]
-  if beside:
-    print(
-      f"\nin turns: ours {beside['ours_ms']:.1f} ms/image, {beside['version']}"
-      f" {beside['torch_ms']:.1f}, ratio {beside['ratio']:.2f}; features"
-      f" differ by {beside['difference']:.0e} of the largest"
-    )
 
 
 def main(_) -> None:
   state = made_up_state()
   params = jax.device_put(load_inception(state).params)
-  shape = (_BATCH.value, inception.SIDE, inception.SIDE, 3)
+  batch = 8 if report.SHORT.value else _BATCH.value
+  shape = (batch, inception.SIDE, inception.SIDE, 3)
   x = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
   macs = cost.count_macs(network(), params, x).total / len(x)
-  report = {
-    "machine": (
-      f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0]}, jax"
-      f" {jax.__version__}, batch {len(x)}, median of {_TURNS.value} turns;"
-      f" matrix products {matmul_rate():.0f} GFLOP/s; {macs / 1e9:.2f} GMACs"
-      " per image"
-    ),
-    "parts": time_parts(params, jnp.asarray(x)),
-    "ms": {
-      name: 1e3 * took / len(x)
-      for name, took in time_network(params, jnp.asarray(x)).items()
-    },
-    "torch": compare(state, params, x) if _TORCH.value else None,
-  }
-  print_report(report)
-  if _JSON.value:
-    with open(_JSON.value, "w") as file:
-      json.dump(report, file, indent=2)
+  whole = [
+    {"part": name, "ms/image": 1e3 * took / len(x)}
+    for name, took in time_network(params, jnp.asarray(x)).items()
+  ]
+  tables = [report.Table(f"The network, batch {batch}", whole)]
+  if not report.SHORT.value:
+    rows = time_parts(params, jnp.asarray(x))
+    rows.sort(key=lambda row: -row["ms"])
+    tables.append(report.Table("Its parts, slowest first", rows))
+  with yardstick.start("inception") as (about, call):
+    if call:
+      rows = [compare(state, params, x, call)]
+      tables.append(report.Table("Beside PyTorch, in turns", rows))
+  rate = (
+    f"Products of float32 matrices: {report.matmul_rate():.0f} GFLOP/s;"
+    f" {macs / 1e9:.2f} GMACs per image."
+  )
+  report.emit(tables, [about, rate])
 
 
 if __name__ == "__main__":

@@ -1,114 +1,253 @@
-"""Seconds per image of the forward pass and the train step, and peak memory.
+"""Seconds of forward pass and train step, beside PyTorch's, and peak memory.
 
-  python benchmarks/train_step.py [--configs=digits,cifar10,ffhq64] [--json=F]
+  python -m benchmarks.train_step [--configs=imagenet256,ffhq64] [--depth=28]
+      [--torch_python=PATH] [--json=FILE]
 
-Each config's real network and step, on images of noise. Every config runs in a
-process of its own, so that its peak memory is its own. Turns alternate between
-forward and step; medians are printed.
+Each config's real network and step, float32, on noise: draws, loss, gradient,
+optimizer, EMA. PyTorch gets the same weights and must give the same outputs
+and, in a shallow network, the same gradients. It has no augmentation and keeps
+everything for its backward pass, so ours does too (remat=none). Ours and
+PyTorch's states take turns in memory where they do not fit together. Peak
+memory is that of a process which only trains, beside 20 bytes for each
+parameter (weight, gradient, two moments, average) and what `remat` keeps of the
+activations; only of the latent model, since XLA for CPU undoes recomputation
+outside of loops.
 """
 
-import importlib
-import json
-import platform
-import resource
-import statistics
-import subprocess
+from collections.abc import Callable
+import dataclasses
+import functools
+import math
+import pathlib
 import sys
-import time
+import tempfile
 
 from absl import app, flags
+from safetensors.numpy import load_file
+
+from benchmarks import report, worker, yardstick
 
 _CONFIGS = flags.DEFINE_list(
-  "configs", ["digits", "cifar10", "ffhq64"], "Files of configs/ to measure."
+  "configs", ["imagenet256", "ffhq64", "cifar10", "digits"], "To measure."
 )
+_DEPTH = flags.DEFINE_integer("depth", 28, "Blocks of imagenet256.", 1)
 _BATCH = flags.DEFINE_integer("batch_size", 4, "Images per step.", 1)
 _TURNS = flags.DEFINE_integer("turns", 5, "Measured turns, after one.", 1)
-_JSON = flags.DEFINE_string("json", None, "Also write the rows to this file.")
-_ONE = flags.DEFINE_string("one", None, "Used by the program itself.")
+_STEPS = flags.DEFINE_bool("steps", True, "Measure train steps, too.")
+_REMATS = flags.DEFINE_list(
+  "remats", ["none", "dots"], "Of the peak memory of imagenet256's train step."
+)
 
 
-def measure(name: str, batch_size: int, turns: int) -> dict:
-  """One row of the table, in this process."""
-  import jax
-  import jax.numpy as jnp
-  import numpy as np
+SHORT_CONFIGS = ("imagenet256", "ffhq64", "digits")
+SHORT_DEPTH = 4
 
-  from diffit_jax.training import program as program_lib
-  from diffit_jax.training import state as state_lib
 
-  config = importlib.import_module(f"configs.{name}").get_config()
-  config.batch_size = batch_size
-  program = program_lib.build(config)
-  state = state_lib.create(program.init, program.mesh)
-  monitor = state_lib.new_monitor(program.mesh)
-  shapes = program_lib.batch_shapes(config)
-  rng = np.random.default_rng(0)
-  batch = {
-    "image": rng.integers(0, 256, shapes["image"].shape, np.uint8),
-    "label": np.zeros(batch_size, np.int32),
-    "index": np.arange(batch_size, dtype=np.uint32),
-  }
-  forward = jax.jit(
-    lambda params, x: program.model.apply(
-      {"params": params}, x, jnp.zeros(batch_size)
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One config as it is measured.
+
+  Attributes:
+    name: for the table.
+    config: file of configs/ and variants.
+    fields: changed in the config.
+    sizes: of PyTorch's network; None where it has none.
+    is_shallow: whether gradients are compared.
+  """
+
+  name: str
+  config: str
+  fields: dict
+  sizes: dict | None = None
+  is_shallow: bool = True
+
+
+def make_case(name: str, depth: int, batch_size: int) -> Case:
+  fields = {"batch_size": batch_size}
+  if name == "imagenet256":
+    latent = dict(side=32, width=1152, depth=depth, num_heads=16)
+    return Case(
+      f"{name}, depth {depth}",
+      f"{name}:precision=paper",
+      fields | {"model.depth": depth, "model.remat": "none"},
+      dict(kind="latent", num_classes=1000, **latent),
+      is_shallow=depth <= SHORT_DEPTH,
     )
+  if name == "ffhq64":
+    image = dict(side=64, base=128, mult=[1, 2, 2, 2], depth=4, window=8)
+    sizes = dict(kind="image", dropout=0.05, **image)
+    return Case(name, name, fields, sizes)
+  return Case(name, name, fields)
+
+
+def measure(case: Case, torch: Callable | None, turns: int) -> dict:
+  """One row of the table of times."""
+  torch = torch if case.sizes else None
+  with (
+    worker.start(sys.executable, "benchmarks.train_worker") as (_, ours),
+    tempfile.TemporaryDirectory() as folder,
+  ):
+    about = ours("load", config=case.config, fields=case.fields)
+    forwards = {"ours": functools.partial(ours, "forward")}
+    steps = {"ours": functools.partial(ours, "step")}
+    off = None
+    if torch:
+      inputs = str(pathlib.Path(folder, "inputs"))
+      off = check(case, ours, torch, pathlib.Path(folder))
+      for name in yardstick.ATTENTIONS:
+        shared = dict(inputs=inputs, attention=name)
+        forwards[name] = functools.partial(torch, "forward", **shared)
+        steps[name] = functools.partial(
+          torch, "step", lr=3e-4, decay=0.9999, **shared
+        )
+    else:
+      ours("use")
+    times = {"forward": report.in_turns(forwards, turns)}
+    if _STEPS.value:
+      size = 20 * about["parameters"] + about["kept_bytes"]
+      times["step"] = step_times(ours, torch, steps, size, turns)
+      ours("start")
+      gradient = lambda: ours("loss_and_gradient")
+      times["gradient"] = report.in_turns({"ours": gradient}, min(turns, 3))
+    if torch:
+      torch("free")
+  return row(case, about, times, off)
+
+
+def check(case: Case, ours, torch, folder: pathlib.Path) -> float:
+  """Loads PyTorch's network with our weights; the largest difference."""
+  path = lambda name: str(folder / name)
+  ours(
+    "export",
+    weights=path("w.safetensors"),
+    inputs=path("inputs"),
+    outputs=path("ours"),
+    gradient=case.is_shallow,
   )
-  x = jnp.asarray(batch["image"], jnp.float32) / 127.5 - 1
-  times = {"forward": [], "step": []}
-  for turn in range(turns + 1):
-    start = time.perf_counter()
-    jax.block_until_ready(forward(state.params, x))
-    middle = time.perf_counter()
-    state, monitor = program.train_step(state, monitor, batch)
-    jax.block_until_ready((state, monitor))
-    if turn:  # the first one compiles
-      times["forward"].append(middle - start)
-      times["step"].append(time.perf_counter() - middle)
-  median = {k: statistics.median(v) / batch_size for k, v in times.items()}
+  torch("load", path=path("w.safetensors"), **case.sizes)
+  pathlib.Path(path("w.safetensors")).unlink()
+  expected = load_file(path("ours"))
+  off = []
+  for name in yardstick.ATTENTIONS:
+    shared = dict(inputs=path("inputs"), attention=name, output=path("its"))
+    torch("forward", **shared)
+    found = load_file(path("its"))
+    if case.is_shallow:
+      names = sorted(expected.keys() - {"out", "losses"})
+      torch("gradient", names=names, **shared)
+      found |= load_file(path("its"))
+    off += [
+      yardstick.check_equal(expected[key], found[key], f"{case.name}: {key}")
+      for key in expected
+    ]
+  return max(off)
+
+
+def step_times(ours, torch, steps: dict, size: int, turns: int) -> dict:
+  """Seconds of steps: in turns, or state after state if memory is short.
+
+  Args:
+    ours, torch: calls of the two workers.
+    steps: name -> a call that makes one step.
+    size: bytes of one state, its gradient and what is kept for it.
+    turns: measured steps of each.
+  """
+  if not torch or 2.3 * size < available_bytes():
+    ours("start")
+    times = report.in_turns(steps, turns)
+    ours("stop")
+    if torch:
+      torch("stop")
+    return times
+  own = {"ours": steps["ours"]}
+  its = {name: call for name, call in steps.items() if name != "ours"}
+  times = {name: [] for name in steps}
+  for _ in range(math.ceil(turns / 2)):
+    ours("start")
+    rounds = report.in_turns(own, 2)
+    ours("stop")
+    rounds |= report.in_turns(its, 2)
+    torch("stop")
+    for name, values in rounds.items():
+      times[name] += values
+  return times
+
+
+def available_bytes() -> int:
+  """Memory that can be had, 0 where the system does not say."""
+  try:
+    with open("/proc/meminfo") as file:
+      lines = [x for x in file if x.startswith("MemAvailable")]
+  except OSError:
+    return 0
+  return int(lines[0].split()[1]) * 1024
+
+
+def row(case: Case, about: dict, times: dict, off: float | None) -> dict:
+  """Medians and ratios of one case."""
+  columns = {
+    "config": case.name,
+    "remat": about["remat"],
+    "forward s": None,
+    "loss and gradient s": None,
+    "step s": None,
+  }
+  for what in ("forward", "step"):
+    median = report.medians(times.get(what, {}))
+    columns[f"{what} s"] = median.pop("ours", None)
+    for name in yardstick.ATTENTIONS:
+      columns[f"torch {name} {what} s"] = median.get(name)
+    mine, best = columns[f"{what} s"], min(median.values(), default=None)
+    columns[f"{what}: ours / faster torch"] = mine / best if best else None
+  if "gradient" in times:
+    columns["loss and gradient s"] = report.medians(times["gradient"])["ours"]
+  return columns | {"largest difference": off}
+
+
+def memory(case: Case, remat: str) -> dict:
+  """Peak memory of two steps in a process of their own, beside its bound."""
+  fields = case.fields | {"model.remat": remat}
+  with worker.start(sys.executable, "benchmarks.train_worker") as (_, ours):
+    about = ours("load", config=case.config, fields=fields)
+    idle = ours("peak_bytes")
+    ours("start")
+    seconds = [ours("step") for _ in range(2)][-1]
+    peak = ours("peak_bytes")
+  gib = lambda amount: amount / 2**30
+  bound = 20 * about["parameters"] + about["kept_bytes"]
   return {
-    "config": name,
-    "parameters": sum(a.size for a in jax.tree.leaves(state.params)),
-    "forward_seconds_per_image": median["forward"],
-    "step_seconds_per_image": median["step"],
-    "step_over_forward": median["step"] / median["forward"],
-    "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-    "machine": f"{platform.machine()}, {len(jax.devices())}"
-    f" {jax.devices()[0].device_kind}, jax {jax.__version__},"
-    f" {config.model.dtype}",
+    "config": case.name,
+    "remat": remat,
+    "parameters": about["parameters"],
+    "20 bytes each, GiB": gib(20 * about["parameters"]),
+    "kept for backward GiB": gib(about["kept_bytes"]),
+    "peak GiB": gib(peak),
+    "of it before the state": gib(idle),
+    "peak / sum": peak / bound,
+    "step s": seconds,
   }
 
 
 def main(_) -> None:
-  if _ONE.value:
-    print(json.dumps(measure(_ONE.value, _BATCH.value, _TURNS.value)))
-    return
-  rows = []
-  for name in _CONFIGS.value:
-    options = [f"--batch_size={_BATCH.value}", f"--turns={_TURNS.value}"]
-    done = subprocess.run(
-      [sys.executable, __file__, f"--one={name}", *options],
-      stdout=subprocess.PIPE,
-      check=True,
-      text=True,
-    )
-    rows.append(json.loads(done.stdout.splitlines()[-1]))
-  print(
-    f"batch {_BATCH.value}, median of {_TURNS.value} turns,"
-    f" {rows[0]['machine']}"
-  )
-  columns = ["config", "parameters", "forward s/image", "step s/image"]
-  print(f"| {' | '.join([*columns, 'step/forward', 'peak GiB'])} |")
-  print("|---|---|---|---|---|---|")
-  for row in rows:
-    print(
-      f"| {row['config']} | {row['parameters']:,}"
-      f" | {row['forward_seconds_per_image']:.4f}"
-      f" | {row['step_seconds_per_image']:.4f}"
-      f" | {row['step_over_forward']:.2f} | {row['peak_gib']:.2f} |"
-    )
-  if _JSON.value:
-    with open(_JSON.value, "w") as file:
-      json.dump(rows, file, indent=2)
+  is_short = report.SHORT.value
+  depth = SHORT_DEPTH if is_short else _DEPTH.value
+  names = SHORT_CONFIGS if is_short else _CONFIGS.value
+  cases = [make_case(name, depth, _BATCH.value) for name in names]
+  title = f"Forward pass and train step, batch {_BATCH.value}, float32"
+  tables = []
+  with yardstick.start() as (about, torch):
+    rows = [measure(case, torch, _TURNS.value) for case in cases]
+    tables.append(report.Table(title, rows))
+  rows = [
+    memory(case, remat)
+    for case in cases
+    if case.name.startswith("imagenet256")
+    for remat in _REMATS.value
+  ]
+  if rows:
+    tables.append(report.Table("Peak memory of the train step's process", rows))
+  rate = f"Products of float32 matrices: {report.matmul_rate():.0f} GFLOP/s."
+  report.emit(tables, [about, rate])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Variants, after a colon and separated by commas:
   window=4|2|8     side of the attention windows (Figure 8)
   blocks=2|4       blocks per level: appendix I.1, or H.1
   width=1-2-2|2-2-2  channel multipliers: appendix I.1, or EDM's
+  rung=E|A|B|C|D   of the architecture ladder; E is DiffiT (Table 4)
   dim=256|512      width of the tokens (Table 3)
   time=512|256     width of the time token (Table 3)
   time_in=tmsa|rpb_time|mlp_time|separate|plain  where time enters (Tables 6, 7)
@@ -33,6 +34,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
     window=(4, 2, 8),
     blocks=(2, 4),
     width=("1-2-2", "2-2-2"),
+    rung=("E", "A", "B", "C", "D"),
     **common.IMAGE_NETWORKS,
     precision=("paper", "bf16"),
     duration=("edm", "iterations"),
@@ -51,11 +53,22 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
 
   config.model.channel_mult = common.blocks(variant.width)
   config.model.window_size = variant.window
+  if variant.rung != "E":
+    config.model.name = "ladder"
+    config.model.rung = variant.rung
+    config.model.vit_dim = 768  # of rung A, and so on
+    config.model.vit_depth = 12
+    config.model.vit_heads = 12
+    config.model.patch_size = 4
   config.model.dropout = 0.13
   config.diffusion.augment_prob = 0.12
   config.optimizer.learning_rate = 1e-3
   config.sampler.steps = 18  # 35 network evaluations
   if variant.debug:
+    if variant.rung != "E":
+      config.model.vit_dim = 16
+      config.model.vit_depth = 4
+      config.model.vit_heads = 2
     config.sampler.steps = 3
   else:
     config.model.num_blocks = variant.blocks

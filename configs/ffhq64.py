@@ -57,7 +57,9 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.model.channels = 3  # of the images
   config.model.base_channels = 128  # width that channel_mult multiplies
   config.model.channel_mult = (1, 2, 2, 2)  # one per level
-  config.model.num_blocks = common.blocks(variant.blocks)  # per level
+  config.model.num_blocks = 1 if variant.debug else common.blocks(
+    variant.blocks  # per level
+  )
   config.model.window_size = variant.window  # side, in tokens
   config.model.head_dim = 64  # width of an attention head
   config.model.time_dim = 512  # width of the time token
@@ -82,6 +84,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
 
   config.diffusion = config_dict.ConfigDict()
   config.diffusion.kind = "edm"  # Karras et al. 2022
+  config.diffusion.precond = "edm"  # or vp, ve
   config.diffusion.sigma_data = 0.5  # std of the images in [-1, 1]
   config.diffusion.P_mean = -1.2  # mean of ln sigma in training
   config.diffusion.P_std = 1.2  # its standard deviation
@@ -138,7 +141,6 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
     config.batch_size = 8
     config.total_steps = 4
     config.model.base_channels = 16
-    config.model.num_blocks = 1
     config.model.head_dim = 8
     config.model.time_dim = 32
     config.optimizer.rampup_images = 64

@@ -13,6 +13,8 @@
 
 Variants, after a colon and separated by commas:
   depth=28|paper_text   blocks: Table 9 and the released weights, or H.2's 30
+  modulation=tmsa|dit   where time enters; DiT's as a baseline (Figure 7b)
+  duration=long|figure7b  7 million steps, as DiT, or the figure's 1 million
   guidance=4.4|4.6      the release's README, or the paper's text
   data=latents|images   from prepared latents, or encoded on the fly (--vae)
   precision=bf16|paper  bfloat16 blocks, or float32
@@ -29,6 +31,8 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   variant = common.parse_arg(
     arg,
     depth=(28, "paper_text"),
+    modulation=("tmsa", "dit"),
+    duration=("long", "figure7b"),
     guidance=(4.4, 4.6),
     data=("latents", "images"),
     precision=("bf16", "paper"),
@@ -40,6 +44,8 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.seed = 0  # of initial weights, data order and every draw
   config.batch_size = 256  # images per step over all devices
   config.total_steps = 7_000_000  # the paper does not say; DiT's length
+  if variant.duration == "figure7b":
+    config.total_steps = 1_000_000
   config.init_from = ""  # .safetensors to start from, released or exported
 
   config.data = config_dict.ConfigDict()
@@ -59,6 +65,8 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
 
   config.model = config_dict.ConfigDict()
   config.model.name = "latent_diffit"  # the flat transformer
+  if variant.modulation == "dit":
+    config.model.name = "dit"  # the same with DiT's modulation
   config.model.input_size = 32  # side of a latent
   config.model.patch_size = 2  # side of the squares that become tokens
   config.model.channels = 4  # of a latent

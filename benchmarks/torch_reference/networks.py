@@ -35,7 +35,12 @@ class Networks:
     return sum(p.numel() for p in self.network.parameters() if p.requires_grad)
 
   def free(self):
-    self.network = self.optimizer = self.ema = None
+    self.network = None
+    self.stop()
+
+  def stop(self):
+    """Forgets what training needs beside the weights."""
+    self.optimizer = self.ema = self.trained = None
 
   def attention(self, name):
     blocks.Attention.use_sdpa = {"eager": False, "sdpa": True}[name]
@@ -152,7 +157,7 @@ def main():
   networks, attentions = Networks(), Attentions()
   commands = {
     name: getattr(networks, name)
-    for name in ("load", "free", "forward", "gradient", "step")
+    for name in ("load", "free", "forward", "gradient", "step", "stop")
   }
   commands["load_attention"] = attentions.load
   commands["run_attention"] = attentions.run

@@ -41,7 +41,7 @@ def precondition(
   Returns:
     c_skip, c_out, c_in, c_noise: [*b] each, float32.
   """
-  sigma = _at_least_float32(sigma)
+  sigma = at_least_float32(sigma)
   variance = sigma**2 + sigma_data**2
   c_skip = sigma_data**2 / variance
   c_out = sigma * sigma_data / jnp.sqrt(variance)
@@ -68,8 +68,17 @@ def denoise(
   Returns:
     [b, h, w, c] float32, the expected clean images.
   """
-  x = _at_least_float32(x)
-  c_skip, c_out, c_in, c_noise = precondition(sigma, sigma_data)
+  return combine(network, x, precondition(sigma, sigma_data))
+
+
+def combine(
+  network: Callable[[jax.Array, jax.Array], jax.Array],
+  x: jax.Array,
+  coefficients: tuple[jax.Array, ...],
+) -> jax.Array:
+  """(1) with the given c_skip, c_out, c_in, c_noise, [b] each."""
+  x = at_least_float32(x)
+  c_skip, c_out, c_in, c_noise = coefficients
   F = network(_per_image(c_in) * x, c_noise).astype(x.dtype)
   return _per_image(c_skip) * x + _per_image(c_out) * F
 
@@ -82,7 +91,7 @@ def sample_sigma(keys: jax.Array, *, P_mean: float, P_std: float) -> jax.Array:
 
 def loss_weight(sigma: jax.Array, sigma_data: float) -> jax.Array:
   """lambda of (3): [*b] noise std -> [*b] float32, in 1 / image unit^2."""
-  sigma = _at_least_float32(sigma)
+  sigma = at_least_float32(sigma)
   return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
@@ -100,8 +109,15 @@ def loss(
   Returns:
     [b] float32; the batch loss is its mean.
   """
-  error = _at_least_float32(D) - _at_least_float32(y)
-  return loss_weight(sigma, sigma_data) * jnp.sum(error**2, axis=(1, 2, 3))
+  return weighted_error(D, y, loss_weight(sigma, sigma_data))
+
+
+def weighted_error(
+  D: jax.Array, y: jax.Array, weight: jax.Array
+) -> jax.Array:
+  """[b] weights times the squared error, summed over each image."""
+  error = at_least_float32(D) - at_least_float32(y)
+  return weight * jnp.sum(error**2, axis=(1, 2, 3))
 
 
 def learning_rate_factor(
@@ -118,7 +134,8 @@ def learning_rate_factor(
   return jnp.minimum(seen / rampup_images, 1)
 
 
-def _at_least_float32(x: jax.Array) -> jax.Array:
+def at_least_float32(x: jax.Array) -> jax.Array:
+  """The array in float32, or in what is finer."""
   x = jnp.asarray(x)
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from diffit_jax import sampling
-from diffit_jax.diffusion import edm, guidance
+from diffit_jax.diffusion import guidance, precond
 from diffit_jax.errors import UserError
 from diffit_jax.parallel.mesh import batch_sharding, place, replicated
 from diffit_jax.sampling.images import to_uint8
@@ -41,11 +41,11 @@ def make_network(
   )
   if config["diffusion"]["kind"] == "adm":
     return apply
-  sigma_data = config["diffusion"]["sigma_data"]
+  process = precond.make(config["diffusion"])
 
   def denoise(x, sigma, labels):
     network = lambda x_in, c_noise: apply(x_in, c_noise, labels)
-    return edm.denoise(network, x, sigma, sigma_data=sigma_data)
+    return process.denoise(network, x, sigma)
 
   return denoise
 

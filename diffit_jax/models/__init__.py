@@ -1,4 +1,4 @@
-"""Both DiffiT networks as linen modules, functions of arrays alone."""
+"""The networks as linen modules, functions of arrays alone."""
 
 from collections.abc import Mapping
 import inspect
@@ -7,13 +7,25 @@ from flax import linen as nn
 import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
+from diffit_jax.models.baselines.dit import DiT
+from diffit_jax.models.baselines.ladder import LadderRung
+from diffit_jax.models.baselines.song_unet import SongUNet
 from diffit_jax.models.image import ImageDiffiT
 from diffit_jax.models.latent import LatentDiffiT
 
-__all__ = ["ImageDiffiT", "LatentDiffiT", "make_model"]
+__all__ = ["NETWORKS", "ImageDiffiT", "LatentDiffiT", "make_model"]
 
 _DTYPES = ("float32", "bfloat16")
-_MODELS = {"image_diffit": ImageDiffiT, "latent_diffit": LatentDiffiT}
+# What stands in config.model.name, by diffusion.kind.
+NETWORKS = {
+  "edm": {
+    "image_diffit": ImageDiffiT,
+    "ladder": LadderRung,
+    "song_unet": SongUNet,
+  },
+  "adm": {"latent_diffit": LatentDiffiT, "dit": DiT},
+}
+_MODELS = NETWORKS["edm"] | NETWORKS["adm"]
 
 
 def make_model(config: Mapping) -> nn.Module:

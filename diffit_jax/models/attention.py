@@ -102,6 +102,7 @@ class TMSA(nn.Module):
     window_size: side of the attention windows in tokens; None, or a value at or
       above the side of x, is global attention with a table of the side.
     dtype: of the matrix products; softmax and bias are float32.
+    qkv_init: initialiser of the map of x to queries, keys and values.
     proj_init: initialiser of the output projection.
     attention: "xla", or "cudnn" for NVIDIA's fused kernel (see `attend`).
     time_in: where time enters, a key of `TIME_IN`.
@@ -111,6 +112,7 @@ class TMSA(nn.Module):
   num_heads: int
   window_size: int | None = None
   dtype: jnp.dtype = jnp.float32
+  qkv_init: nn.initializers.Initializer = XAVIER
   proj_init: nn.initializers.Initializer = XAVIER
   attention: str = "xla"
   time_in: str = "tmsa"
@@ -135,7 +137,7 @@ class TMSA(nn.Module):
     dense = lambda name, features=3 * channels, init=XAVIER: nn.Dense(
       features, dtype=self.dtype, kernel_init=init, name=name
     )
-    qkv = dense("qkv")(x)
+    qkv = dense("qkv", init=self.qkv_init)(x)
     if entry.qkv:  # the seam: elsewhere time enters only in ablations
       qkv += dense("qkv_temb")(time)[:, None, None, :]
     qkv = self.constrain(qkv)

@@ -138,36 +138,51 @@ class ImageDiffiT(nn.Module):
       name="embedding",
     )(c_noise, labels, augment_labels)
 
-    block = transform(ResBlock, self.remat, self.map_params)
-
-    def res_block(h, width, name):
-      return block(
-        width,
-        self.head_dim,
-        self.window_size,
-        self.mlp_ratio,
-        self.dropout,
-        self.dtype,
-        self.attention,
-        self.time_in,
-        self.constrain,
-        name=name,
-      )(h, time, sample_index)
+    def run_block(h, width, name):
+      return self._block(width, name)(h, time, sample_index)
 
     h = conv(self.base_channels, 3, self.dtype, "tokenizer")(
       x.astype(self.dtype)
     )
-    h = self.constrain(h)
+    skips = self._encode(self.constrain(h), widths, depths, run_block)
+    h = self._decode(skips, widths, depths, run_block)
+    h = group_norm(h.shape[-1], self.dtype, "head_norm")(h)
+    h = nn.silu(h) if self.head_act == "silu" else h
+    h = conv(self.channels, 3, self.dtype, "head", init=NEAR_ZERO)(h)
+    return h.astype(jnp.promote_types(h.dtype, jnp.float32))
+
+  def _block(self, width: int, name: str) -> nn.Module:
+    """The block (h, time, sample_index) -> h of that name."""
+    block = transform(ResBlock, self.remat, self.map_params)
+    return block(
+      width,
+      self.head_dim,
+      self.window_size,
+      self.mlp_ratio,
+      self.dropout,
+      self.dtype,
+      self.attention,
+      self.time_in,
+      self.constrain,
+      name=name,
+    )
+
+  def _encode(self, h, widths, depths, run_block) -> list[list[jax.Array]]:
+    """All outputs of each level, its input first."""
     skips = []
     for level, (width, depth) in enumerate(zip(widths, depths)):
       if level:
         h = self.constrain(self._down(h, f"encoder_{level}_down"))
       outputs = [h]
       for i in range(depth):
-        h = res_block(h, width, f"encoder_{level}_block_{i}")
+        h = run_block(h, width, f"encoder_{level}_block_{i}")
         outputs.append(h)
       skips.append(outputs)
+    return skips
 
+  def _decode(self, skips, widths, depths, run_block) -> jax.Array:
+    """From the last level's output up to the first level's size."""
+    h = skips[-1][-1]
     if self.decoder_in_conv:
       h = conv(widths[-1], 3, self.dtype, "decoder_in")(h)
     for level in reversed(range(len(widths) - 1)):
@@ -177,12 +192,8 @@ class ImageDiffiT(nn.Module):
       for i in range(depth):
         if waiting:
           h = self._merge(h, waiting.pop(), f"decoder_{level}_merge")
-        h = res_block(h, widths[level], f"decoder_{level}_block_{i}")
-
-    h = group_norm(h.shape[-1], self.dtype, "head_norm")(h)
-    h = nn.silu(h) if self.head_act == "silu" else h
-    h = conv(self.channels, 3, self.dtype, "head", init=NEAR_ZERO)(h)
-    return h.astype(jnp.promote_types(h.dtype, jnp.float32))
+        h = run_block(h, widths[level], f"decoder_{level}_block_{i}")
+    return h
 
   def _check(self, x: jax.Array) -> tuple[list[int], list[int]]:
     """Widths and depths of the levels, after refusing what cannot work."""

@@ -19,6 +19,7 @@ they are 0.1% of the work, and the head's output is a noise prediction.
 """
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import einops
 from flax import linen as nn
@@ -94,6 +95,7 @@ class LatentDiffiT(nn.Module):
   attention: str = "xla"
   constrain: Constrain = unconstrained
   map_params: MapParams | None = None
+  block_type: ClassVar[type[nn.Module]] = DiffiTBlock
 
   @property
   def grid(self) -> int:
@@ -147,12 +149,11 @@ class LatentDiffiT(nn.Module):
 
     h = self._run_blocks(h.astype(self.dtype), time)
 
-    h = nn.silu(layer_norm(jnp.float32)(h))
     h = nn.Dense(
       self.patch_size**2 * self.out_channels,
       kernel_init=nn.initializers.zeros,
       name="head",
-    )(h)
+    )(self._normalise(h, time))
     return einops.rearrange(
       h,
       "b i j (pr pc c) -> b (i pr) (j pc) c",
@@ -160,9 +161,14 @@ class LatentDiffiT(nn.Module):
       pc=self.patch_size,
     )
 
+  def _normalise(self, h: jax.Array, time: jax.Array) -> jax.Array:
+    """What the head reads of the last block's output."""
+    del time
+    return nn.silu(layer_norm(jnp.float32)(h))
+
   def _run_blocks(self, h: jax.Array, time: jax.Array) -> jax.Array:
     block = transform(
-      DiffiTBlock,
+      self.block_type,
       self.remat,
       self.map_params,
       prevent_cse=not self.scan_blocks,

@@ -8,6 +8,7 @@ With spatial tokens x, the time token x_t, and one linear map W of x_t at most:
   mlp_time   without bias B and time                Table 6 G   LN(x^) + W x_t
   separate   of x alone, plus W x_t                 Table 7     LN(x^)
   plain      of x alone                             Figure 2    LN(x^)
+  none       of x alone, without bias B, for baselines          LN(x^)
 
 CHOICE: the paper describes the alternatives in a line each. A bias from time is
 a whole table of relative offsets, [(2 W - 1)^2, heads] for each sample: one
@@ -47,6 +48,7 @@ TIME_IN = {
   "mlp_time": TimeIn(mlp=True, has_bias=False),
   "separate": TimeIn(output=True),
   "plain": TimeIn(),
+  "none": TimeIn(has_bias=False),
 }
 
 

@@ -90,14 +90,19 @@ def constrain_batch(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
   return lambda x: jax.lax.with_sharding_constraint(x, sharding)
 
 
-def gather(mesh: Mesh, dtype: jnp.dtype | None = None) -> Callable:
+def gather(mesh: Mesh, dtype: jnp.dtype | None = None) -> Callable | None:
   """The function that makes whole copies of parameters where they are used.
+
+  None where every device has them whole: a copy in a block would be one more
+  thing that the block saves for its backward pass.
 
   Args:
     mesh: their devices.
     dtype: kernels and their biases are cast to it before they travel, which is
       half the bytes in bfloat16; None leaves all as they are.
   """
+  if mesh.shape["fsdp"] == 1:
+    return None
   whole = NamedSharding(mesh, PartitionSpec())
 
   def gather_tree(tree):
@@ -113,6 +118,8 @@ def gather(mesh: Mesh, dtype: jnp.dtype | None = None) -> Callable:
 def gather_outside_blocks(mesh: Mesh, params: Mapping) -> dict:
   """Gathers what no block of a model would gather: its ends and embeddings."""
   whole = gather(mesh)
+  if whole is None:
+    return dict(params)
   return {
     name: subtree if "block" in name else whole(subtree)
     for name, subtree in params.items()

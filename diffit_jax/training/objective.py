@@ -11,7 +11,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffit_jax.diffusion import adm, augment, edm
+from diffit_jax.diffusion import adm, augment, precond
 
 Loss = Callable[[dict, dict[str, jax.Array], jax.Array], jax.Array]
 
@@ -23,18 +23,18 @@ def sample_keys(step_key: jax.Array, index: jax.Array, num: int) -> jax.Array:
 
 
 def edm_loss(model: nn.Module, config: Mapping) -> Loss:
-  """EDM's training objective on augmented images.
+  """EDM's training objective on augmented images, or VP's or VE's.
 
   Args:
     model: raw network F(x, c_noise, labels, augment_labels, sample_index).
-    config: sigma_data, P_mean, P_std, augment_prob (0 for no augmentation) and
+    config: what `precond.make` reads, augment_prob (0 for no augmentation) and
       label_drop_prob.
 
   Returns:
     loss(params, batch, step_key) -> [b] float32, with batch "image" uint8
     [b, h, w, c], "label" int32 [b] and "index" uint32 [b].
   """
-  num_classes = model.num_classes
+  num_classes, process = model.num_classes, precond.make(config)
 
   def loss(params, batch, step_key):
     index = batch["index"]
@@ -49,9 +49,7 @@ def edm_loss(model: nn.Module, config: Mapping) -> Loss:
       labels = drop_labels(
         k_label, batch["label"], num_classes, config["label_drop_prob"]
       )
-    sigma = edm.sample_sigma(
-      k_sigma, P_mean=config["P_mean"], P_std=config["P_std"]
-    )
+    sigma = process.sample_sigma(k_sigma)
     noise = jax.vmap(lambda k: jax.random.normal(k, y.shape[1:]))(k_noise)
 
     def network(x, c_noise):
@@ -65,13 +63,8 @@ def edm_loss(model: nn.Module, config: Mapping) -> Loss:
         rngs={"dropout": step_key},
       )
 
-    D = edm.denoise(
-      network,
-      y + sigma[:, None, None, None] * noise,
-      sigma,
-      sigma_data=config["sigma_data"],
-    )
-    return edm.loss(D, y, sigma, sigma_data=config["sigma_data"])
+    x = y + sigma[:, None, None, None] * noise
+    return process.loss(process.denoise(network, x, sigma), y, sigma)
 
   return loss
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from diffit_jax import models
+from diffit_jax.diffusion import precond
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import mesh as mesh_lib
 from diffit_jax.parallel import sharding
@@ -116,10 +117,12 @@ def check_consistent(config: config_dict.ConfigDict) -> None:
     raise UserError(
       f"diffusion.kind={diffusion.kind!r}: use one of {DIFFUSIONS}"
     )
-  name = {"edm": "image_diffit", "adm": "latent_diffit"}[diffusion.kind]
-  if model.name != name:
+  if diffusion.kind == "edm":
+    precond.make(diffusion)  # refuses what it does not know
+  names = tuple(models.NETWORKS[diffusion.kind])
+  if model.name not in names:
     raise UserError(
-      f"model.name={model.name!r} must be {name!r} with"
+      f"model.name={model.name!r}: use one of {names} with"
       f" diffusion.kind={diffusion.kind!r}"
     )
   if model.num_classes not in (0, config.data.num_classes):

@@ -25,6 +25,13 @@ FIXED = (
   "ema",
 )
 
+# Fields that came later, with what runs before them had in their place.
+ADDED = (
+  ("model", "time_in", "tmsa"),
+  ("model", "embedding", "positional"),
+  ("diffusion", "precond", "edm"),
+)
+
 # How the model is computed, but for rounding not what.
 FREE_IN_MODEL = ("remat", "attention")
 
@@ -93,6 +100,9 @@ def check(
   for model in (old.get("model", {}), new["model"]):
     for field in FREE_IN_MODEL:
       model.pop(field, None)
+  for section, field, value in ADDED:
+    if section in old and field in new[section]:
+      old[section].setdefault(field, value)
   fixed = (*FIXED, *([DATA] if data else []))
   new[DATA] = dict(data or {})
   different = _differences(

@@ -300,6 +300,6 @@ def test_make_model_from_a_config():
   with pytest.raises(UserError, match="no field model.widow_size"):
     make_model(dict(config, widow_size=4))
   with pytest.raises(
-    UserError, match=r"model.name='unet': use one of \['image"
+    UserError, match=r"model.name='unet': use one of \['dit', 'image"
   ):
     make_model(dict(name="unet"))

@@ -1,17 +1,18 @@
 """The FID Inception in PyTorch, as a yardstick: what a user would run.
 
-Started by `benchmarks/inception.py` in a Python that has torch and needs
-nothing else of this project; see `main` for how the two talk. Convolution,
-batch normalisation and ReLU are three modules, in PyTorch's default layout.
+For `benchmarks/inception.py`. Convolution, batch normalisation and ReLU are
+three modules, in PyTorch's default layout.
 """
 
 import os
-import sys
 import time
 
+from safetensors.torch import load_file, save_file
 import torch
 from torch import nn
 import torch.nn.functional as F
+
+from benchmarks import worker
 
 
 class Unit(nn.Module):
@@ -192,42 +193,36 @@ class Inception(nn.Module):
     return self.Mixed_7c(self.Mixed_7b(x)).mean((2, 3))
 
 
-def read(path, shapes):
-  """Float32 tensors that lie one behind the other in a file."""
-  with open(path, "rb") as file:
-    flat = torch.frombuffer(bytearray(file.read()), dtype=torch.float32)
-  parts = flat.split([shape.numel() for shape in shapes])
-  return [part.view(*shape) for part, shape in zip(parts, shapes)]
+class Yardstick:
+  """Answers the calls; see benchmarks/worker.py."""
+
+  def load(self, weights, images):
+    """Reads a state dict, and images [b, 299, 299, 3], from safetensors."""
+    network = Inception().eval()
+    found = network.load_state_dict(load_file(weights), strict=False)
+    missing = [k for k in found.missing_keys if "num_batches" not in k]
+    if missing or found.unexpected_keys:
+      raise ValueError(f"missing {missing}, unknown {found.unexpected_keys}")
+    self.network = network
+    self.images = load_file(images)["x"].permute(0, 3, 1, 2).contiguous()
+
+  @torch.inference_mode()
+  def run(self, output=None):
+    """Seconds of one forward pass, whose features may be written to a file."""
+    start = time.perf_counter()
+    features = self.network(self.images)
+    took = time.perf_counter() - start
+    if output:
+      save_file({"features": features.clone()}, output)
+    return took
 
 
-def main(folder, batch_size):
-  """Talks to the parent by lines and by files of raw float32.
-
-  weights: all tensors but the counters, sorted by name; images: [b, 3, 299,
-  299]; features, written here once: [b, 2048]. Then each line that is read
-  asks for one forward pass, and its seconds are printed.
-  """
+def main():
   torch.set_num_threads(os.cpu_count())
-  network = Inception().eval()
-  slots = {
-    name: tensor
-    for name, tensor in sorted(network.state_dict().items())
-    if not name.endswith("num_batches_tracked")
-  }
-  with torch.inference_mode():
-    shapes = [slot.shape for slot in slots.values()]
-    for slot, value in zip(slots.values(), read(f"{folder}/weights", shapes)):
-      slot.copy_(value)
-    shape = torch.Size([int(batch_size), 3, 299, 299])
-    (images,) = read(f"{folder}/images", [shape])
-    with open(f"{folder}/features", "wb") as file:
-      file.write(bytes(network(images).contiguous().untyped_storage()))
-    print(f"torch {torch.__version__}", flush=True)
-    for _ in sys.stdin:
-      start = time.perf_counter()
-      network(images)
-      print(time.perf_counter() - start, flush=True)
+  yardstick = Yardstick()
+  commands = {"load": yardstick.load, "run": yardstick.run}
+  worker.serve({"version": f"torch {torch.__version__}"}, commands)
 
 
 if __name__ == "__main__":
-  main(*sys.argv[1:])
+  main()

@@ -1,0 +1,1 @@
+"""Networks that the paper compares DiffiT with."""
