@@ -143,7 +143,7 @@ def make_config(variant: Variant, seed: int, settings: Settings):
   config.seed = seed
   config.total_steps = settings.steps
   config.sample_every_steps = 0
-  config.save_every_steps = max(settings.steps // 4, 1)
+  config.save_every_steps = max(settings.steps // 2, 1)
   config.log_every_steps = max(settings.steps // 10, 1)
   config.sampler.guidance_scale = 1.0
   return config
