@@ -21,6 +21,7 @@ PROGRAMS = (
   "train_step",
   "attention",
   "sampling",
+  "inception",
 )
 
 _ONLY = flags.DEFINE_list("only", [], "Programs; all and a new page if empty.")
