@@ -194,6 +194,20 @@ def test_weights_travel_in_the_type_they_are_used_in():
   assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(out))
 
 
+def test_backward_pass_of_one_device_keeps_no_weights():
+  """Where nothing is gathered, blocks use their arguments and no copies."""
+  program = program_lib.build(make_config("digits_latent"), jax.devices()[:1])
+  config, params = make_config("digits_latent"), program.abstract.params
+  loss = program_lib.make_loss(program.model, config, program.mesh)
+  batch, key = random_batch(config), jax.random.key(0)
+  backward = lambda params: jax.vjp(lambda p: loss(p, batch, key), params)[1]
+  jaxpr = jax.make_jaxpr(backward)(params).jaxpr
+  given = {id(var) for var in jaxpr.invars}
+  kept = {var.aval.shape for var in jaxpr.outvars if id(var) not in given}
+  kernels = {x.shape for x in jax.tree.leaves(params["blocks"]) if x.ndim == 3}
+  assert kept and kernels and not kept & kernels
+
+
 def test_gradients_and_state_are_float32_under_bfloat16_blocks():
   config = make_config(
     "digits_latent", **{"mesh.fsdp": 4, "model.dtype": "bfloat16"}
