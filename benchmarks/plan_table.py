@@ -2,11 +2,12 @@
 
   python -m benchmarks.plan_table [--make=REGEX] [--out=docs/costs.md]
 
-Compiles the train step of each config for each slice (`diffit_jax.plan`; nothing
-runs on a TPU), keeps every plan in docs/plans.json, and writes all of them as one
-page. A plan takes a minute of CPU time for a latent model and ten for an image
-model; --make limits those that are missing to some, and the others are "not yet
-run". With --short, two small plans are made anew and no page is written.
+Compiles the train step of each config for each slice (`diffit_jax.plan`;
+nothing runs on a TPU), keeps every plan in docs/plans.json, and writes all of
+them as one page. A plan takes a minute of CPU time for a latent model and ten
+for an image model; --make limits those that are missing to some, and the others
+are "not yet run". With --short, two small plans are made anew and no page is
+written.
 """
 
 import pathlib
@@ -47,15 +48,20 @@ LARGEST = [
   ),
   Case("imagenet512", "v5e:4x4", {"batch_size": 16 * 16}),
 ]
-SHORT_CASES = [Case("digits", "v5e:1x1"), Case("digits_latent", "v6e:1x1")]
+SHORT_CASES = [
+  Case("imagenet256:debug", "v5e:2x4"),
+  Case("digits_latent", "v6e:1x1"),
+]
 
 HEAD = """# What a run needs, and what it costs
 
 Written by `python -m benchmarks.plan_table` from [plans.json](plans.json); do
 not edit. **All figures are compile-time numbers; nothing ran on a TPU.**
-[plan.md](plan.md) says what they mean. Step, days and chip-hours are a roofline:
-two counts of memory traffic, and one link of a chip or all; a real step is slower
-than the better end. Days and chip-hours are for the config's `total_steps`.
+[plan.md](plan.md) says what they mean. Step, days and chip-hours are from a
+roofline with two counts of memory traffic, and one link of a chip or all; a
+real step is slower than the better end. Days and chip-hours are for the
+config's `total_steps`. "Not yet run" was not compiled; the same command goes
+on with it.
 """
 NOT_RUN = "not yet run"
 
@@ -127,9 +133,8 @@ def tables(kept: plans.Kept) -> list[report.Table]:
   found = [(case, kept.find(case)) for case in CASES]
   made = [(case, plan) for case, plan in found if plan]
   largest = [row(case, kept.find(case)) for case in LARGEST]
-  for line, case in zip(largest, LARGEST):
-    chips = 16
-    line["batch"] = f"{line['batch']:,}, {line['batch'] // chips} per chip"
+  for line in largest:
+    line["batch"] = f"{line['batch']:,}, {line['batch'] // 16} per chip"
   result = [
     report.Table("The configs as they stand", [row(*pair) for pair in found]),
     cheapest(made),

@@ -50,10 +50,25 @@ class Case:
     config.update_from_flattened_dict(self.fields)
     return config
 
+  def is_possible(self) -> bool:
+    """Whether the config has the fields; the image models have no scan."""
+    whole = Case(self.config, self.topology).resolved()
+    known = whole.to_dict()
+    return all(
+      path.split(".")[-1] in _section(known, path) for path in self.fields
+    )
+
   def digest(self) -> str:
     """Tells whether the config is the one that a kept plan is of."""
     text = json.dumps(self.resolved().to_dict(), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _section(known: dict, path: str) -> dict:
+  """The dict that holds the last part of a path such as model.remat."""
+  for name in path.split(".")[:-1]:
+    known = known[name]
+  return known
 
 
 def make(case: Case) -> dict:
@@ -64,7 +79,7 @@ def make(case: Case) -> dict:
   command += [f"--topology={case.topology}"]
   command += [f"--config.{change}" for change in case.changes]
   print(f"planning {case.key}", file=sys.stderr, flush=True)
-  about, before = report.machine(), _cpu_seconds()
+  before, commit = _cpu_seconds(), _commit()
   done = subprocess.run(
     command, cwd=report.ROOT, stdout=subprocess.PIPE, text=True, check=False
   )
@@ -73,10 +88,23 @@ def make(case: Case) -> dict:
   return {
     "card": json.loads(done.stdout),
     "digest": case.digest(),
-    "commit": about["commit"],
+    "commit": commit,
     "date": datetime.date.today().isoformat(),
     "cpu_seconds": round(_cpu_seconds() - before, 1),
   }
+
+
+def _commit() -> str:
+  """The last change of what is planned: the package and its configs."""
+  git = lambda *args: subprocess.run(
+    ["git", *args, "--", "diffit_jax", "configs"],
+    cwd=report.ROOT,
+    capture_output=True,
+    check=True,
+    text=True,
+  ).stdout.strip()
+  changed = " with changes" if git("status", "--porcelain") else ""
+  return git("log", "-1", "--format=%h") + changed
 
 
 def _cpu_seconds() -> float:
