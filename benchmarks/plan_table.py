@@ -48,6 +48,7 @@ LARGEST = [
   ),
   Case("imagenet512", "v5e:4x4", {"batch_size": 16 * 16}),
 ]
+KNOBS_OF = ("imagenet256", "v5e:4x4")
 SHORT_CASES = [
   Case("imagenet256:debug", "v5e:2x4"),
   Case("digits_latent", "v6e:1x1"),
@@ -86,19 +87,12 @@ def row(case: Case, plan: dict | None) -> dict:
     "fits": None if not plan else "yes" if fits else "no",
     "GiB left": available - total if plan else None,
     "FLOPs / formula": number("flops_ratio"),
-    "step ms": _span(card.get("step_ms")),
-    "bound by": " or ".join(dict.fromkeys(card.get("bound_by") or [])) or None,
-    "days": _span(days),
-    "chip-hours": _span(card.get("chip_hours")),
+    "step ms": plans.span(card.get("step_ms")),
+    "bound by": plans.bound_by(card) if plan else None,
+    "days": plans.span(days),
+    "chip-hours": plans.span(card.get("chip_hours")),
     "commit": plan["commit"] if plan else None,
   }
-
-
-def _span(ends: list[float] | None) -> str | None:
-  if not ends:
-    return None
-  form = lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
-  return " to ".join(dict.fromkeys(map(form, ends)))
 
 
 def cheapest(found: list[tuple[Case, dict]]) -> report.Table | None:
@@ -134,12 +128,24 @@ def tables(kept: plans.Kept) -> list[report.Table]:
   made = [(case, plan) for case, plan in found if plan]
   largest = [row(case, kept.find(case)) for case in LARGEST]
   for line in largest:
+    del line["days"], line["chip-hours"]  # total_steps is for another batch
     line["batch"] = f"{line['batch']:,}, {line['batch'] // 16} per chip"
+  knobs = [Case(*KNOBS_OF, fields) for fields in plans.KNOBS]
+  knob_rows = [
+    plans.knob_row(case, plan["card"])
+    for case in knobs
+    if (plan := kept.find(case))
+  ]
   result = [
     report.Table("The configs as they stand", [row(*pair) for pair in found]),
     cheapest(made),
     report.Table("How many images fit on a chip", largest),
   ]
+  if knob_rows:
+    title = f"{' on '.join(KNOBS_OF)}: what each knob buys, one at a time"
+    note = "Missing rows: `python -m benchmarks.knobs` makes them."
+    notes = [note] if len(knob_rows) < len(knobs) else []
+    result.append(report.Table(title, knob_rows, notes))
   return [table for table in result if table]
 
 
@@ -159,7 +165,7 @@ def main(_) -> None:
   kept = plans.Kept()
   make_missing(kept)
   found = tables(kept)
-  page = "\n\n".join([HEAD, *(table.markdown() for table in found)])
+  page = "\n\n## ".join([HEAD.strip(), *(t.markdown() for t in found)])
   pathlib.Path(report.ROOT, _OUT.value).write_text(page + "\n")
   report.emit(found, packages=packages)
 

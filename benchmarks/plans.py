@@ -19,6 +19,18 @@ from benchmarks import report
 
 FILE = report.ROOT / "docs" / "plans.json"
 
+# What `knob_row` compares, one change at a time.
+KNOBS = (
+  {},
+  {"model.remat": "none"},
+  {"model.remat": "full"},
+  {"num_microbatches": 4},
+  {"batch_size": 512},
+  {"mesh.fsdp": 1},
+  {"model.dtype": "float32"},
+  {"model.scan_blocks": False},
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -134,3 +146,30 @@ class Kept:
       partial.write_text(text + "\n")
       os.replace(partial, self._path)
     return found
+
+
+def knob_row(case: Case, card: dict) -> dict:
+  """A plan beside others of the same config and slice."""
+  return {
+    "knob": ", ".join(case.changes) or "as configured",
+    "arguments GiB": card["arguments_gib"],
+    "temporaries GiB": card["temporaries_gib"],
+    "fits": "yes" if card["fits"] else "no",
+    "FLOPs / formula": card["flops_ratio"],
+    "wire GB": card["wire_gb"],
+    "step ms": span(card["step_ms"]),
+    "bound by": bound_by(card),
+  }
+
+
+def span(ends: list[float] | None) -> str | None:
+  """A range, as "58.4 to 119"."""
+  if not ends:
+    return None
+  form = lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+  return " to ".join(dict.fromkeys(map(form, ends)))
+
+
+def bound_by(card: dict) -> str | None:
+  """What decides the step time at the ends of its range."""
+  return " or ".join(dict.fromkeys(card["bound_by"] or [])) or None
