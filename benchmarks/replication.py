@@ -143,7 +143,7 @@ def make_config(variant: Variant, seed: int, settings: Settings):
   config.seed = seed
   config.total_steps = settings.steps
   config.sample_every_steps = 0
-  config.save_every_steps = max(settings.steps // 4, 1)
+  config.save_every_steps = max(settings.steps // 2, 1)
   config.log_every_steps = max(settings.steps // 10, 1)
   config.sampler.guidance_scale = 1.0
   return config
@@ -253,7 +253,7 @@ def generator(variant: Variant, settings: Settings):
 if __name__ == "__main__":
   flags.DEFINE_string("out", "runs/replication", "Folder of all runs.")
   flags.DEFINE_list("only", [], "Variants; default all.")
-  flags.DEFINE_integer("seeds", 5, "Runs of each variant.", 1)
+  flags.DEFINE_integer("seeds", 3, "Runs of each variant.", 1)
   flags.DEFINE_integer("steps", Settings.steps, "Of training.", 1)
   flags.DEFINE_integer("num", Settings.num, "Samples that score a run.", 2)
   flags.DEFINE_integer(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from commands import ROOT
-from configs import cifar10, ffhq64, imagenet256
+from configs import cifar10, experiments, ffhq64, imagenet256
 from diffit_jax import models
 
 DOCS = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
@@ -98,3 +98,9 @@ def test_configs_and_their_variants_exist():
       if file != "X":
         module = importlib.import_module(f"configs.{file}")
         module.get_config(arg.rstrip(".,"))
+
+
+def test_every_experiment_has_its_command_in_the_papers_document():
+  text = (ROOT / "docs" / "paper.md").read_text()
+  for item, _, _, name in experiments.EXPERIMENTS:
+    assert f"`configs/{name}`" in text, item

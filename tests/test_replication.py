@@ -9,7 +9,7 @@ from benchmarks import replication, replication_report
 from commands import ROOT
 from diffit_jax.errors import UserError
 
-SETTINGS = replication.Settings(steps=4, num=16, debug=True)
+SETTINGS = replication.Settings(steps=2, num=16, debug=True)
 
 
 def test_a_killed_run_goes_on_and_finished_ones_stay(
@@ -24,14 +24,14 @@ def test_a_killed_run_goes_on_and_finished_ones_stay(
     with pytest.raises(ZeroDivisionError):
       start()
   assert not (tmp_path / "results.json").exists()
-  checkpoint = tmp_path / "runs" / "tmsa-0" / "checkpoints" / "4"
+  checkpoint = tmp_path / "runs" / "tmsa-0" / "checkpoints" / "2"
   written = checkpoint.stat().st_mtime_ns
 
   assert not start(max_runs=0)
   assert start()
   assert checkpoint.stat().st_mtime_ns == written  # trained once
   (run,) = json.loads((tmp_path / "results.json").read_text())
-  assert run["settings"] == {"steps": 4, "num": 16, "debug": True}
+  assert run["settings"] == {"steps": 2, "num": 16, "debug": True}
   assert 0 <= run["recognised"] <= 1 and run["recognised_real"] > 0.98
   assert run["frechet_digits"] > 1 and run["loss"] > 10  # it learned nothing
   assert "plot: " in capsys.readouterr().out
@@ -39,7 +39,7 @@ def test_a_killed_run_goes_on_and_finished_ones_stay(
   monkeypatch.setattr(replication, "run", lambda *_: 1 / 0)
   assert start()
   other = replication.Settings(steps=5, num=16, debug=True)
-  with pytest.raises(UserError, match="'steps': 4.*use another --out"):
+  with pytest.raises(UserError, match="'steps': 2.*use another --out"):
     replication.run_all(replication.choose(["tmsa"]), 1, other, tmp_path)
 
 
@@ -64,9 +64,12 @@ def test_the_table_gives_spread_and_paired_differences():
 
 
 def test_the_report_shows_the_runs_that_are_kept():
-  runs = json.loads((ROOT / "docs" / "replication.json").read_text())
-  text = (ROOT / "docs" / "replication.md").read_text()
-  assert replication_report.table(runs, replication.VARIANTS) in text
+  docs = ROOT / "docs"
+  text = (docs / "replication.md").read_text()
+  for name in ("replication.json", "replication_longer.json"):
+    runs = json.loads((docs / name).read_text())
+    assert replication_report.table(runs, replication.VARIANTS) in text
+  runs = json.loads((docs / "replication.json").read_text())
   seeds = Counter(run["variant"] for run in runs)
   assert seeds.keys() == {v.name for v in replication.VARIANTS}
   assert min(seeds.values()) >= 3

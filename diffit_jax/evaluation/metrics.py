@@ -135,12 +135,19 @@ def precision_recall(
       f" not {len(reference)} of the reference and {len(samples)} samples"
     )
   frame = neighbours.frame_of(reference, samples)
-  r = neighbours.to_tiles(reference, frame, tile_size)
-  s = neighbours.to_tiles(samples, frame, tile_size)
-  inside = neighbours.mutual_members(
-    s, neighbours.squared_radii(s, k), r, neighbours.squared_radii(r, k)
+  # One set at a time in tiles, which are a copy of it.
+  radii = neighbours.squared_radii(
+    neighbours.to_tiles(reference, frame, tile_size), k
   )
-  return float(inside[0].mean()), float(inside[1].mean())
+  held = neighbours.to_tiles(samples, frame, tile_size)
+  in_reference, in_samples = neighbours.mutual_members(
+    held,
+    neighbours.squared_radii(held, k),
+    neighbours.stream_tiles(reference, frame, tile_size),
+    radii,
+  )
+  in_samples = in_samples[: len(reference)]
+  return float(in_reference.mean()), float(in_samples.mean())
 
 
 def kernel_inception_distance(

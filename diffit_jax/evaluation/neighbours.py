@@ -22,7 +22,7 @@ CHOICE: a distance that is below the rounding error of (1) counts as 0. Copies
 of a point are then at distance 0 from each other, wherever in a tile they fall.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import dataclasses
 
 import jax
@@ -78,16 +78,21 @@ def frame_of(first: np.ndarray, second: np.ndarray) -> Frame:
 
 def to_tiles(x: np.ndarray, frame: Frame, tile: int = TILE) -> Tiles:
   """Cuts [n, d] points into as few equal parts of at most `tile` as do."""
+  points, norms = zip(*stream_tiles(x, frame, tile))
+  return Tiles(len(x), list(points), list(norms))
+
+
+def stream_tiles(
+  x: np.ndarray, frame: Frame, tile: int = TILE
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+  """The parts of `to_tiles` one by one, (points, norms) each."""
   size = -(-len(x) // -(-len(x) // tile))
-  tiles = Tiles(len(x), [], [])
   for part in _parts(x, size):
     points = np.zeros((size, x.shape[1]), np.float32)
     points[: len(part)] = (part - frame.shift) / frame.unit
     norms = np.full(size, np.inf, np.float32)
     norms[: len(part)] = np.square(points[: len(part)], dtype=np.float64).sum(1)
-    tiles.points.append(jnp.asarray(points))
-    tiles.norms.append(jnp.asarray(norms))
-  return tiles
+    yield jnp.asarray(points), jnp.asarray(norms)
 
 
 def squared_radii(x: Tiles, k: int) -> list[jax.Array]:
@@ -111,21 +116,30 @@ def squared_radii(x: Tiles, k: int) -> list[jax.Array]:
 
 
 def mutual_members(
-  x: Tiles, x_radii: list[jax.Array], y: Tiles, y_radii: list[jax.Array]
+  x: Tiles,
+  x_radii: list[jax.Array],
+  y: Iterable[tuple[jax.Array, jax.Array]],
+  y_radii: list[jax.Array],
 ) -> tuple[np.ndarray, np.ndarray]:
   """(3) both ways: which of x are inside y, which of y are inside x.
 
+  Args:
+    x: the one set, held whole.
+    x_radii: of it.
+    y: parts of the other set, as from `stream_tiles`: one at a time is held.
+    y_radii: of it.
+
   Returns:
-    [n_x] and [n_y] bool.
+    [n_x] bool, and bool of y's points and, behind them, its filling.
   """
   in_y = [jnp.zeros(len(norms), bool) for norms in x.norms]
-  in_x = [jnp.zeros(len(norms), bool) for norms in y.norms]
-  for i in range(len(x)):
-    for j in range(len(y)):
+  in_x = [jnp.zeros(len(radii), bool) for radii in y_radii]
+  for j, part in enumerate(y):
+    for i in range(len(x)):
       in_y[i], in_x[j] = _members(
-        in_y[i], in_x[j], x[i], x_radii[i], y[j], y_radii[j]
+        in_y[i], in_x[j], x[i], x_radii[i], part, y_radii[j]
       )
-  return np.concatenate(in_y)[: x.num], np.concatenate(in_x)[: y.num]
+  return np.concatenate(in_y)[: x.num], np.concatenate(in_x)
 
 
 def _distances(x, y) -> jax.Array:

@@ -51,8 +51,9 @@ def table(experiments: Iterable[tuple], sweeps: Iterable[tuple] = ()) -> str:
   lines += [
     "",
     f"chip-hours: estimated, {UTILISATION:.0%} of {CHIP}'s {PEAK / 1e12:.0f}"
-    " TFLOP/s, three forward passes a step; GMAC of one forward pass, attention"
-    " included",
+    " TFLOP/s, three forward passes a step; six times as many in float32"
+    " (precision=paper, the image configs' default); GMAC of one forward pass,"
+    " attention included",
   ]
   for item, what, paper, name, flags in sweeps:
     lines.append(
