@@ -21,7 +21,13 @@ PROGRAMS = (
   "train_step",
   "attention",
   "sampling",
+  "input_pipeline",
+  "compile_time",
+  "checkpoint",
+  "metrics",
   "inception",
+  "plan_table",
+  "knobs",
 )
 
 _ONLY = flags.DEFINE_list("only", [], "Programs; all and a new page if empty.")

@@ -1,17 +1,16 @@
 """Seconds and memory of the metrics on features of noise.
 
-  python benchmarks/metrics.py [--num=50000] [--dim=2048] [--skip_slow]
+  python -m benchmarks.metrics [--num=50000] [--dim=2048] [--skip_slow]
+      [--json=FILE]
 
 Each row runs in a process of its own, so that its peak memory is its own: what
 the process reached above what it held just before. Beside ours stand the plain
 forms: `sqrtm` is the matrix root of scipy in place of singular values, `naive`
 all pairs at once in numpy, and `tiled` the same small sets by ours. Rows of the
-plain forms are left out by --skip_slow.
+plain forms are left out by --skip_slow; --short takes less of everything.
 """
 
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -20,6 +19,8 @@ import time
 from absl import app, flags
 import numpy as np
 
+from benchmarks import report
+
 _NUM = flags.DEFINE_integer("num", 50_000, "Samples.", 8)
 _REFERENCE = flags.DEFINE_integer("reference", 10_000, "The smaller set.", 8)
 _NAIVE = flags.DEFINE_integer("naive", 5_000, "Points of the naive form.", 8)
@@ -27,8 +28,9 @@ _DIM = flags.DEFINE_integer("dim", 2048, "Dimensions of a feature.", 1)
 _CLASSES = flags.DEFINE_integer("classes", 1008, "Classes of the logits.", 2)
 _BATCH = flags.DEFINE_integer("batch_size", 64, "Features of an update.", 1)
 _SLOW = flags.DEFINE_bool("skip_slow", False, "Leave the plain forms out.")
-_JSON = flags.DEFINE_string("json", None, "Also write the rows to this file.")
 _ONE = flags.DEFINE_string("one", None, "Used by the program itself.")
+
+SHORT = ("--num=5000", "--reference=2000", "--naive=1000", "--dim=512")
 
 
 def noise(num: int, dim: int, seed: int) -> np.ndarray:
@@ -154,46 +156,41 @@ def measure(name: str) -> dict:
   return {
     "metric": name,
     "seconds": seconds,
-    "inputs_gib": sum(a.nbytes for a in inputs) / 2**30,
-    "added_gib": memory("VmHWM:") - before,
-    "peak_gib": max(peak, memory("VmHWM:")),
-    "value": np.asarray(value, np.float64).tolist(),
-    "machine": f"{platform.machine()}, {os.cpu_count()} cores,"
-    f" {len(jax.devices())} {jax.devices()[0].device_kind},"
-    f" jax {jax.__version__}, numpy {np.__version__}",
+    "inputs GiB": sum(a.nbytes for a in inputs) / 2**30,
+    "added GiB": memory("VmHWM:") - before,
+    "peak GiB": max(peak, memory("VmHWM:")),
+    "value": ", ".join(f"{v:.8g}" for v in np.atleast_1d(value)),
   }
+
+
+def measure_apart(name: str) -> dict:
+  """The same in a process of its own."""
+  given = SHORT if report.SHORT.value else sys.argv[1:]
+  command = [sys.executable, "-m", "benchmarks.metrics", *given]
+  done = subprocess.run(
+    [*command, f"--one={name}"],
+    cwd=report.ROOT,
+    stdout=subprocess.PIPE,
+    check=True,
+    text=True,
+  )
+  return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(_) -> None:
   if _ONE.value:
     print(json.dumps(measure(_ONE.value)))
     return
-  rows = []
-  for name, (_, _, is_plain) in cases().items():
-    if is_plain and _SLOW.value:
-      continue
-    done = subprocess.run(
-      [sys.executable, __file__, *sys.argv[1:], f"--one={name}"],
-      stdout=subprocess.PIPE,
-      check=True,
-      text=True,
-    )
-    rows.append(json.loads(done.stdout.splitlines()[-1]))
-    if len(rows) == 1:
-      print(f"{_DIM.value} dimensions, {rows[0]['machine']}")
-      print("| metric | seconds | inputs GiB | added GiB | peak GiB | value |")
-      print("|---|---|---|---|---|---|")
-    row = rows[-1]
-    values = np.atleast_1d(row["value"])
-    print(
-      f"| {name} | {row['seconds']:.2f} | {row['inputs_gib']:.2f}"
-      f" | {row['added_gib']:.2f} | {row['peak_gib']:.2f}"
-      f" | {', '.join(f'{v:.8g}' for v in values)} |",
-      flush=True,
-    )
-  if _JSON.value:
-    with open(_JSON.value, "w") as file:
-      json.dump(rows, file, indent=2)
+  if report.SHORT.value:
+    flags.FLAGS(sys.argv[:1] + list(SHORT))
+  rows = [
+    measure_apart(name)
+    for name, (_, _, is_plain) in cases().items()
+    if not (is_plain and _SLOW.value)
+  ]
+  title = f"Metrics of features with {_DIM.value} dimensions"
+  packages = (*report.PACKAGES, "scipy")
+  report.emit([report.Table(title, rows)], packages=packages)
 
 
 if __name__ == "__main__":

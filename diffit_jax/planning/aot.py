@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import dataclasses
 import re
 
+from absl import logging
 import jax
 from ml_collections import config_dict
 
@@ -65,7 +66,8 @@ class Compiled:
   Attributes:
     memory: that it needs.
     fits: whether the device has that much.
-    text: of the program, None if it does not fit.
+    text: of the program; None if it does not fit, or if libtpu fails to print
+      what it made.
   """
 
   memory: Memory
@@ -119,7 +121,15 @@ def compile_step(step: Step, available: float | None = None) -> Compiled:
     available=available,
   )
   fits = available is None or memory.total <= available
-  return Compiled(memory, fits, compiled.as_text())
+  return Compiled(memory, fits, _text(compiled))
+
+
+def _text(compiled: jax.stages.Compiled) -> str | None:
+  try:
+    return compiled.as_text()
+  except jax.errors.JaxRuntimeError as error:  # of XLA's printer, for v6e
+    logging.warning("no text of the compiled step: %s", error)
+    return None
 
 
 def parse_out_of_memory(message: str) -> tuple[float, float] | None:

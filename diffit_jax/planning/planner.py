@@ -31,10 +31,10 @@ class Plan:
     plain_flops: the same without recomputing anything in the backward pass.
     formula_flops: 6 x MAC x batch.
     bf16_flops: the passes of step_flops that a TPU makes.
-    collectives: of the compiled step; None if it does not fit.
-    traffic: of memory; None if it does not fit.
+    collectives: of the compiled step; None if it does not fit or has no text.
+    traffic: of memory; None likewise.
     unknown_loops: loops of unknown length, that count as one run.
-    roofline: least time of a step; None if it does not fit, or for a CPU.
+    roofline: least time of a step; None likewise, or for a CPU.
   """
 
   config: config_dict.ConfigDict

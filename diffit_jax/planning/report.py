@@ -111,6 +111,11 @@ def missing(plan: Plan) -> list[str]:
       " this program, which also computes bfloat16 in float32; with libtpu,"
       " plan for a TPU slice to see them",
     ]
+  elif plan.collectives is None and plan.fits:
+    found.append(
+      "collectives, traffic, step time: libtpu compiled the step, but this"
+      " version of it fails to print the program"
+    )
   elif plan.collectives is None:
     found.append(
       "collectives, traffic, step time: the compiler gives up on a program that"

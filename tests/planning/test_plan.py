@@ -142,6 +142,22 @@ def test_what_does_not_fit_and_by_how_much():
   assert "DOES NOT FIT" in table.to_table(card)
 
 
+def test_a_program_that_libtpu_cannot_print(monkeypatch):
+  """As XL's on v6e:4x4 with libtpu 0.0.52."""
+
+  def as_text(self):
+    raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+  pytest.importorskip("libtpu")
+  monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
+  card = report.to_json(make_plan(small_config(), "v5e:1x1"))
+  assert card["fits"] and 0 < card["total_gib"] < 1
+  assert 1 < card["flops_ratio"] < 1.05
+  assert card["collectives"] is None and card["step_ms"] is None
+  assert "fails to print" in card["missing"][0]
+  assert "fits" in table.to_table(card)
+
+
 def test_tensorflow_is_never_imported():
   code = (
     "import sys;"

@@ -1,6 +1,6 @@
 """How long the training loop stands still for checkpoints and for data.
 
-  python benchmarks/checkpoint_stall.py [--config=digits] [--steps=400]
+  python -m benchmarks.checkpoint [--config=digits] [--steps=400] [--json=FILE]
 
 Trains the full config in a folder of its own and saves every --save_every
 steps. The first interval, with the step's and the checksums' compilation, is
@@ -11,18 +11,22 @@ not in it. "data" is waiting for the next batch.
 """
 
 import importlib
-import json
-import platform
 import tempfile
 import time
 
 from absl import app, flags
+import jax
+
+from benchmarks import report
+from diffit_jax.data import preparation
+from diffit_jax.data.builders import digits
+from diffit_jax.training import loop
 
 _CONFIG = flags.DEFINE_string("config", "digits", "File of configs/.")
 _STEPS = flags.DEFINE_integer("steps", 400, "Steps to train.", 2)
 _EVERY = flags.DEFINE_integer("save_every", 100, "Steps between saves.", 1)
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Default: a new folder.")
-_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+SHORT = {"steps": 80, "every": 20}
 
 
 class Clock:
@@ -48,13 +52,7 @@ class Clock:
 
 
 def measure(name: str, steps: int, every: int, data_dir: str | None) -> dict:
-  """The result, as a dict for JSON."""
-  import jax
-
-  from diffit_jax.data import preparation
-  from diffit_jax.data.builders import digits
-  from diffit_jax.training import loop
-
+  """Trains `steps` steps and saves after every `every` of them: a row."""
   config = importlib.import_module(f"configs.{name}").get_config()
   config.total_steps, config.save_every_steps = steps, every
   config.sample_every_steps = 0
@@ -88,33 +86,27 @@ def measure(name: str, steps: int, every: int, data_dir: str | None) -> dict:
       preparation.prepare(**digits.recipe(), data_dir=data_dir)
     assert loop.train(config, f"{folder}/run", data_dir)
   total = time.monotonic() - clock.start
+  timed, num_saves = steps - clock.first_step, len(saved) - 1
+  save_seconds = sum(clock.seconds["checkpoint"])
   return {
     "config": name,
-    "steps": steps - clock.first_step,
-    "saves": len(saved) - 1,
-    "seconds": total,
-    "seconds_per_step": total / (steps - clock.first_step),
-    "seconds_per_save": sum(clock.seconds["checkpoint"]) / (len(saved) - 1),
-    "share_checkpoint": sum(clock.seconds["checkpoint"]) / total,
-    "share_data": sum(clock.seconds["data"]) / total,
-    "machine": f"{platform.machine()}, {len(jax.devices())}"
-    f" {jax.devices()[0].device_kind}, jax {jax.__version__}",
+    "steps": timed,
+    "s/step": total / timed,
+    "saves": num_saves,
+    "s/save": save_seconds / num_saves,
+    "time for checkpoints": f"{save_seconds / total:.2%}",
+    "time for data": f"{sum(clock.seconds['data']) / total:.2%}",
   }
 
 
 def main(_) -> None:
-  row = measure(_CONFIG.value, _STEPS.value, _EVERY.value, _DATA_DIR.value)
-  print(f"{row['config']}, saving every {_EVERY.value} steps, {row['machine']}")
-  print("| steps | s/step | saves | s/save | checkpoint | data |")
-  print("|---|---|---|---|---|---|")
-  print(
-    f"| {row['steps']} | {row['seconds_per_step']:.3f} | {row['saves']}"
-    f" | {row['seconds_per_save']:.3f} | {row['share_checkpoint']:.2%}"
-    f" | {row['share_data']:.2%} |"
-  )
-  if _JSON.value:
-    with open(_JSON.value, "w") as file:
-      json.dump(row, file, indent=2)
+  size = {"steps": _STEPS.value, "every": _EVERY.value}
+  if report.SHORT.value:
+    size = SHORT
+  row = measure(_CONFIG.value, data_dir=_DATA_DIR.value, **size)
+  title = f"Training that saves every {size['every']} steps"
+  packages = (*report.PACKAGES, "orbax-checkpoint")
+  report.emit([report.Table(title, [row])], packages=packages)
 
 
 if __name__ == "__main__":

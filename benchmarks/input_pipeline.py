@@ -1,27 +1,25 @@
 """Images per second that the data pipeline delivers, nothing else running.
 
-  python benchmarks/pipeline.py [--threads=1,2,4] [--resolution=64] [--json=F]
+  python -m benchmarks.input_pipeline [--threads=1,2,4] [--resolution=64]
+      [--json=FILE]
 
 Crops of the two photographs inside scikit-learn are prepared once in each
 encoding, in a temporary folder that the operating system keeps in memory. Turns
-go round all encodings and numbers of threads; medians are printed. CPU time is
+go round all encodings and numbers of threads; rates are medians. CPU time is
 that of the whole process for one image, which a busy machine disturbs less.
 """
 
-import json
-import os
 import pathlib
-import platform
 import statistics
 import tempfile
 import time
 
 from absl import app, flags
-import grain
 import numpy as np
 from PIL import Image
 from sklearn import datasets
 
+from benchmarks import report
 from diffit_jax.data import pipeline, preparation, transforms
 from diffit_jax.data.builders import image_folder
 
@@ -33,7 +31,8 @@ _BATCH = flags.DEFINE_integer("batch_size", 128, "Images per batch.", 1)
 _FLIP = flags.DEFINE_boolean("flip", True, "Whether half of them are mirrored.")
 _TURNS = flags.DEFINE_integer("turns", 5, "Measured turns, after one.", 1)
 _SECONDS = flags.DEFINE_float("seconds", 1.0, "Of each measurement.", 0)
-_JSON = flags.DEFINE_string("json", None, "Also write the rows to this file.")
+SHORT_THREADS = ("1", "4")
+SHORT_TURNS = 3
 
 
 def write_photographs(folder: pathlib.Path, num: int, resolution: int) -> None:
@@ -81,14 +80,14 @@ def measure(dataset: pipeline.Dataset, num_threads: int) -> tuple[float, float]:
     return num / seconds, (time.process_time() - cpu) / num
 
 
-def measure_all(root: pathlib.Path) -> list[dict]:
+def measure_all(root: pathlib.Path, threads, num_turns: int) -> list[dict]:
   """One row for each encoding and number of threads."""
   (root / "photographs").mkdir()
   write_photographs(root / "photographs", _NUM.value, _RESOLUTION.value)
   sets = {encoding: prepare(root, encoding) for encoding in _ENCODINGS.value}
-  cases = [(e, int(t)) for e in sets for t in _THREADS.value]
+  cases = [(e, int(t)) for e in sets for t in threads]
   results = {case: [] for case in cases}
-  for turn in range(_TURNS.value + 1):
+  for turn in range(num_turns + 1):
     for encoding, num_threads in cases:
       result = measure(sets[encoding], num_threads)
       if turn:  # the first one reads from the disk
@@ -97,41 +96,31 @@ def measure_all(root: pathlib.Path) -> list[dict]:
   for (encoding, num_threads), measured in results.items():
     rates, costs = zip(*measured)
     files = pathlib.Path(sets[encoding].directory).glob("*array_record*")
+    size = sum(file.stat().st_size for file in files)
     rows.append(
       {
         "encoding": encoding,
         "threads": num_threads,
-        "images_per_second": statistics.median(rates),
-        "slowest_turn": min(rates),
-        "fastest_turn": max(rates),
-        "cpu_microseconds": statistics.median(costs) * 1e6,
-        "disk_bytes": sum(file.stat().st_size for file in files) / _NUM.value,
+        "images/s": statistics.median(rates),
+        "slowest to fastest turn": report.spread(rates),
+        "CPU us/image": 1e6 * statistics.median(costs),
+        "bytes/image": round(size / _NUM.value),
       }
     )
   return rows
 
 
 def main(_) -> None:
+  is_short = report.SHORT.value
+  threads = SHORT_THREADS if is_short else _THREADS.value
+  num_turns = SHORT_TURNS if is_short else _TURNS.value
   with tempfile.TemporaryDirectory() as folder:
-    rows = measure_all(pathlib.Path(folder))
-  print(
-    f"{_RESOLUTION.value}x{_RESOLUTION.value}, batch {_BATCH.value}, median"
-    f" (slowest to fastest) of {_TURNS.value} turns, {platform.machine()},"
-    f" {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, grain"
-    f" {grain.__version__}"
-  )
-  print("| encoding | threads | images/s | | CPU us/image | bytes/image |")
-  print("|---|---|---|---|---|---|")
-  for row in rows:
-    print(
-      f"| {row['encoding']} | {row['threads']}"
-      f" | {row['images_per_second']:,.0f}"
-      f" | {row['slowest_turn']:,.0f} to {row['fastest_turn']:,.0f}"
-      f" | {row['cpu_microseconds']:.0f} | {row['disk_bytes']:,.0f} |"
-    )
-  if _JSON.value:
-    with open(_JSON.value, "w") as file:
-      json.dump(rows, file, indent=2)
+    rows = measure_all(pathlib.Path(folder), threads, num_turns)
+  side = _RESOLUTION.value
+  title = f"Images of {side}x{side} in batches of {_BATCH.value}"
+  flipped = ", half of them mirrored" if _FLIP.value else ""
+  packages = (*report.PACKAGES, "grain")
+  report.emit([report.Table(title + flipped, rows)], packages=packages)
 
 
 if __name__ == "__main__":
