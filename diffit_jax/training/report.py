@@ -11,9 +11,16 @@ from diffit_jax.training import state as state_lib
 _MIB = 2**20
 
 
-def dry_run(config: config_dict.ConfigDict) -> str:
-  """The report as text. Compiles the real step; allocates no state."""
-  program = program_lib.build(config)
+def dry_run(
+  config: config_dict.ConfigDict, devices: list[jax.Device] | None = None
+) -> str:
+  """The report as text. Compiles the real step; allocates no state.
+
+  Args:
+    config: the resolved config.
+    devices: of the mesh; None is all there are.
+  """
+  program = program_lib.build(config, devices)
   params = program.abstract.params
   num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
   memory = _memory(config, program)

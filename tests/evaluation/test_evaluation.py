@@ -150,6 +150,7 @@ class TestNumbers:
       for name, value in one.items():
         np.testing.assert_allclose(other[name], value, rtol=1e-6, err_msg=name)
 
+  @pytest.mark.slow  # the digits space, above, is compared in every run
   def test_inception_on_eight_devices_equals_one(self):
     extractor = load_inception(inception_fill.fill())
     real, fake = REAL[:6], FAKE[:5]

@@ -13,6 +13,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.generation import generator
 from diffit_jax.planning import listing
 from diffit_jax.training import program as program_lib
+from diffit_jax.training import report
 from diffit_jax.training import state as state_lib
 
 NAMES = sorted({row[3] for row in EXPERIMENTS})
@@ -112,7 +113,7 @@ def test_the_alternatives_cost_the_main_path_nothing(name, macs):
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_the_shrunk_form_takes_a_step(name):
+def test_the_shrunk_form_takes_a_step_and_plans(name):
   config = GRAPHS[name]
   program = program_lib.build(config, jax.devices()[:1])
   before = made_up_state(program)
@@ -134,6 +135,8 @@ def test_the_shrunk_form_takes_a_step(name):
     )
   ]
   assert any(moved)
+  plan = report.dry_run(config, jax.devices()[:1])  # compiled, as the cache has
+  assert "MACs per image" in plan and "MiB temporaries" in plan
 
 
 @pytest.mark.parametrize(
