@@ -21,7 +21,8 @@ def draw(module):
   """Parameters of order 0.5, so that no term is small."""
   x, t = jnp.zeros_like(X, jnp.float32), jnp.zeros_like(T, jnp.float32)
   shapes = jax.eval_shape(module.init, jax.random.key(0), x, t)["params"]
-  return jax.tree.map(lambda s: RNG.normal(size=s.shape, scale=0.5), shapes)
+  rng = np.random.default_rng(1)
+  return jax.tree.map(lambda s: rng.normal(size=s.shape, scale=0.5), shapes)
 
 
 def run(module, params, x=X, t=T):
