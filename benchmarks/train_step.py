@@ -250,7 +250,12 @@ def main(_) -> None:
     for remat in _REMATS.value
   ]
   if rows:
-    tables.append(report.Table("Peak memory of the train step's process", rows))
+    note = (
+      "The peak includes what the process holds before the state (libraries,"
+      " the compiler), which does not grow with the network."
+    )
+    title = "Peak memory of the train step's process"
+    tables.append(report.Table(title, rows, [note]))
   rate = f"Products of float32 matrices: {report.matmul_rate():.0f} GFLOP/s."
   report.emit(tables, [about, rate])
 

@@ -2,7 +2,7 @@
 
   python command_server.py
 
-Reads one JSON object a line: module, argv, env, stdout and stderr (files).
+Reads one JSON object a line: module, argv, cwd, env, stdout, stderr (files).
 Answers with the command's exit code, a line each. Every command is a fork of
 its own, made before JAX has a backend: it starts its own, under its own flags,
 and ends as the interpreter ends.
@@ -55,6 +55,7 @@ def main() -> None:
     os.dup2(os.open(name, mode), descriptor)
   os.environ.clear()
   os.environ.update(command["env"])
+  os.chdir(command["cwd"])
   sys.argv = [command["module"], *command["argv"]]
   runpy.run_module(command["module"], run_name="__main__", alter_sys=True)
 

@@ -2,8 +2,8 @@
 
 Most of a small command's time goes into imports. `run` therefore forks what it
 can from a process that has them behind it (`command_server.py`); `start`, and
-`run` wherever the folder, PYTHONPATH or anything else that imports may depend
-on is set, start an interpreter anew.
+`run` wherever PYTHONPATH or anything else that imports may depend on is set,
+start an interpreter anew.
 """
 
 import functools
@@ -62,7 +62,7 @@ def _server() -> subprocess.Popen:
   )
 
 
-def _fork(command: str, env: dict[str, str]) -> subprocess.CompletedProcess:
+def _fork(command: str, cwd, env: dict[str, str]) -> subprocess.CompletedProcess:
   """Runs it in a fork of the server's process."""
   module, *argv = _module_and_arguments(command)
   with (
@@ -72,6 +72,7 @@ def _fork(command: str, env: dict[str, str]) -> subprocess.CompletedProcess:
     request = {
       "module": module,
       "argv": argv,
+      "cwd": os.fspath(cwd),
       "env": _environment(env),
       "stdout": out.name,
       "stderr": err.name,
@@ -84,8 +85,8 @@ def _fork(command: str, env: dict[str, str]) -> subprocess.CompletedProcess:
 def run(command: str, *, cwd=ROOT, **env) -> subprocess.CompletedProcess:
   """Runs it to its end."""
   can_fork = os.path.exists("/proc/self/task")  # Linux
-  if can_fork and cwd == ROOT and env.keys() <= _READ_AFTER_IMPORTS:
-    return _fork(command, env)
+  if can_fork and env.keys() <= _READ_AFTER_IMPORTS:
+    return _fork(command, cwd, env)
   process = start(command, cwd, **env)
   out, err = process.communicate(timeout=300)
   return subprocess.CompletedProcess(command, process.returncode, out, err)

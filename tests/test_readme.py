@@ -1,6 +1,5 @@
 """Types the README's commands, in their debug form and on small data."""
 
-import os
 import re
 import zipfile
 
@@ -78,7 +77,6 @@ def test_commands_run_in_order(folder):
       command.removeprefix("python -m diffit_jax."),
       cwd=folder,
       TFDS_DATA_DIR=str(folder / "data"),
-      PYTHONPATH=os.fspath(commands.ROOT),
     )
   made = {path.name for path in folder.iterdir()}
   assert made >= {
@@ -92,7 +90,6 @@ def test_commands_run_in_order(folder):
   line = commands.last_error(
     "sample --workdir=runs/ffhq64 --out=labelled --labels=3",
     cwd=folder,
-    PYTHONPATH=os.fspath(commands.ROOT),
   )
   assert "unconditional model" in line
   runs = {path.name for path in (folder / "runs").iterdir()}
