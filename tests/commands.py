@@ -62,7 +62,9 @@ def _server() -> subprocess.Popen:
   )
 
 
-def _fork(command: str, cwd, env: dict[str, str]) -> subprocess.CompletedProcess:
+def _fork(
+  command: str, cwd, env: dict[str, str]
+) -> subprocess.CompletedProcess:
   """Runs it in a fork of the server's process."""
   module, *argv = _module_and_arguments(command)
   with (

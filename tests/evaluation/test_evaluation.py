@@ -70,7 +70,8 @@ def frechet(x: np.ndarray, y: np.ndarray) -> float:
 
 class TestSpaces:
   def test_pixels_are_averages(self):
-    picture = np.random.default_rng(1).integers(0, 256, (2, 24, 12, 3), np.uint8)
+    rng = np.random.default_rng(1)
+    picture = rng.integers(0, 256, (2, 24, 12, 3), np.uint8)
     found = spaces.pixels_space().outputs(picture)["pool"].reshape(2, 8, 8, 3)
     np.testing.assert_allclose(
       found[1, 3, 2],
