@@ -4,7 +4,7 @@
 
 Time-dependent attention, projections included, float32 at full precision,
 forward alone and with the gradient of inputs and parameters. Each table's cases
-and implementations take turns; a turn of a short call is five of them in a row.
+and implementations take turns; a short call's turn is the median of five.
 """
 
 import dataclasses
@@ -83,6 +83,11 @@ def turn(call) -> float:
   return statistics.median(call() for _ in range(5))
 
 
+def medians(alternatives: dict, turns: int) -> dict[str, float]:
+  calls = {k: functools.partial(turn, call) for k, call in alternatives.items()}
+  return report.medians(report.in_turns(calls, turns))
+
+
 def measure(case: Case, folder: pathlib.Path, call, turns: int) -> list[dict]:
   """Rows of one case: forward, and with the gradient."""
   forward, both, args = case.passes()
@@ -103,9 +108,7 @@ def measure(case: Case, folder: pathlib.Path, call, turns: int) -> list[dict]:
       alternatives[name] = functools.partial(
         call, "run_attention", attention=name, backward=backward
       )
-    turns_of = {k: functools.partial(turn, v) for k, v in alternatives.items()}
-    times = report.medians(report.in_turns(turns_of, turns))
-    rows.append(row(case, what, times))
+    rows.append(row(case, what, medians(alternatives, turns)))
   return rows
 
 
@@ -175,7 +178,7 @@ def spread_bias(turns: int) -> report.Table:
       alternatives[f"{name}, gradient ms"] = functools.partial(
         report.seconds, back, table, g
       )
-    times = report.medians(report.in_turns(alternatives, turns))
+    times = medians(alternatives, turns)
     rows.append({"side": side, "heads": 16})
     rows[-1] |= {name: 1e3 * value for name, value in times.items()}
   return report.Table("The position bias of one layer", rows)
