@@ -17,12 +17,15 @@ For (1): with S_1 = A A^T and S_2 = B B^T, the eigenvalues of S_1 S_2 other than
 
   tr (S_1 S_2)^(1/2) = sum of the singular values of A^T B                   (3)
 
-A and B come from symmetric eigendecompositions. Nothing is inverted and no
-root of a rounding error is taken, so that singular covariances (fewer samples
-than dimensions) are no special case, as they are for a matrix square root.
+A and B come from Cholesky's method with pivots, or, where rounding (of a matrix
+stored in float32) has made that inexact, from eigendecompositions, which take
+many times as long. Nothing is inverted and no root of a rounding error is
+taken, so that singular covariances (fewer samples than dimensions) are no
+special case, as they are for a matrix square root.
 """
 
 import numpy as np
+from scipy.linalg import lapack
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import neighbours
@@ -89,7 +92,17 @@ def _check_moments(mu, sigma, what: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _factor(sigma: np.ndarray, what: str) -> np.ndarray:
-  """A [d, rank] with A A^T = sigma.
+  """A [d, rank] with A A^T = sigma, to the rounding error of float64."""
+  rounding = len(sigma) * np.finfo(np.float64).eps * np.abs(sigma).max()
+  lower, order, rank, _ = lapack.dpstrf(sigma, lower=1, tol=rounding)
+  factor = np.empty((len(sigma), rank))
+  factor[order - 1] = np.tril(lower)[:, :rank]
+  is_exact = np.abs(factor @ factor.T - sigma).max() <= rounding
+  return factor if is_exact else _factor_by_eigenvalues(sigma, what)
+
+
+def _factor_by_eigenvalues(sigma: np.ndarray, what: str) -> np.ndarray:
+  """The same for a matrix that only nearly is a covariance.
 
   Eigenvalues below the rounding error of the decomposition are no part of it:
   the root of such an error would be far above it.

@@ -1,5 +1,7 @@
 """Frechet, inception and kernel metrics: closed forms and plain float64."""
 
+from unittest import mock
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -131,6 +133,22 @@ def test_frechet_of_moments_in_float32():
   exact = by_factors(x, y)
   stored = [jnp.float32(v) for v in (*moments_of(x), *moments_of(y))]
   assert frechet_distance(*stored) == pytest.approx(exact, rel=1e-3)
+
+
+@pytest.mark.parametrize("n", [2, 20, 65, 2000])
+@pytest.mark.parametrize("decay", [0, 2, 4])
+def test_both_ways_to_factor_agree(n, decay):
+  """Every covariance in float64 takes the fast one."""
+  sigmas = [moments_of(features(n, 64, seed, decay))[1] for seed in (0, 1)]
+  slow = [metrics._factor_by_eigenvalues(sigma, "") for sigma in sigmas]
+  with mock.patch.object(metrics, "_factor_by_eigenvalues", None):
+    fast = [metrics._factor(sigma, "") for sigma in sigmas]
+  for factor, other, sigma in zip(fast, slow, sigmas):
+    assert factor.shape[1] == other.shape[1] or decay == 4  # at the threshold
+    off = np.abs(factor @ factor.T - sigma).max()
+    assert off < 1e-14 * 64 * np.abs(sigma).max()
+  nuclear = [np.linalg.norm(a.T @ b, "nuc") for a, b in (fast, slow)]
+  assert nuclear[0] == pytest.approx(nuclear[1], rel=1e-7)
 
 
 def test_frechet_reads_both_triangles():
