@@ -144,7 +144,7 @@ class TMSA(nn.Module):
 
     windowed = lambda x: einops.rearrange(
       x,
-      "b (i p) (j q) (h d) -> b (i j) (p q) h d",
+      "b (i p) (j q) (h d) -> b (i j) h (p q) d",
       h=self.num_heads,
       p=window,
       q=window,
@@ -155,7 +155,7 @@ class TMSA(nn.Module):
     out = attend(q, k, v, bias, self.attention)
     out = einops.rearrange(
       out,
-      "b (i j) (p q) h d -> b (i p) (j q) (h d)",
+      "b (i j) h (p q) d -> b (i p) (j q) (h d)",
       i=height // window,
       p=window,
     )
@@ -188,7 +188,7 @@ def attend(
   """Equation (6): softmax(q k^T / sqrt(d) + B) v, softmax in float32.
 
   Args:
-    q: [*b, n, heads, d] queries; k and v likewise.
+    q: [*b, heads, n, d] queries; k and v likewise.
     k: keys.
     v: values.
     bias: [heads, n, n], anything that broadcasts to [*b, heads, n, n], or None
@@ -197,12 +197,12 @@ def attend(
       rounds the bias to it.
 
   Returns:
-    [*b, n, heads, d] of v's dtype.
+    [*b, heads, n, d] of v's dtype.
   """
   if attention == "cudnn":
     return _attend_cudnn(q, k, v, bias)
   weights = attention_weights(q, k, bias).astype(v.dtype)
-  return jnp.einsum("...hnm,...mhd->...nhd", weights, v)
+  return jnp.einsum("...nm,...md->...nd", weights, v)
 
 
 def attention_weights(
@@ -211,7 +211,7 @@ def attention_weights(
   """The softmax of (6): [*b, heads, n, n], axes (query, key), in float32."""
   scale = q.shape[-1] ** -0.5
   logits = jnp.einsum(
-    "...nhd,...mhd->...hnm",
+    "...nd,...md->...nm",
     q * jnp.asarray(scale, q.dtype),
     k,
     preferred_element_type=jnp.promote_types(q.dtype, jnp.float32),
@@ -222,8 +222,8 @@ def attention_weights(
 
 def _attend_cudnn(q, k, v, bias):
   """The same through cuDNN, whose gradient of the bias wants a batch of 1."""
-  n, heads, d = q.shape[-3:]
-  flat = lambda x: x.reshape(-1, n, heads, d)
+  heads, n, d = q.shape[-3:]
+  flat = lambda x: x.reshape(-1, heads, n, d).swapaxes(1, 2)
   out = jax.nn.dot_product_attention(
     flat(q),
     flat(k),
@@ -232,4 +232,4 @@ def _attend_cudnn(q, k, v, bias):
     scale=d**-0.5,
     implementation="cudnn",
   )
-  return out.reshape(q.shape)
+  return out.swapaxes(1, 2).reshape(q.shape)

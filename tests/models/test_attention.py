@@ -1,5 +1,6 @@
 """TMSA against the golden values, plain attention and its own limits."""
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,11 +143,13 @@ def test_time_token_acts_like_an_extended_token():
     [params["qkv"]["kernel"], params["qkv_temb"]["kernel"]]
   )
   qkv = both @ kernel + params["qkv"]["bias"] + params["qkv_temb"]["bias"]
-  q, k, v = jnp.moveaxis(qkv.reshape(2, 16, 3, HEADS, -1), 2, 0)
+  pattern = "b i j (s h d) -> s b h (i j) d"
+  q, k, v = einops.rearrange(qkv, pattern, s=3, h=HEADS)
   bias = attention.relative_position_bias(
     params["relative_position_bias_table"], 4
   )
-  out = attention.attend(q, k, v, bias).reshape(2, 4, 4, CHANNELS)
+  out = attention.attend(q, k, v, bias)
+  out = einops.rearrange(out, "b h (i j) d -> b i j (h d)", i=4)
   out = out @ params["proj"]["kernel"] + params["proj"]["bias"]
   np.testing.assert_allclose(apply(params, x, time), out, atol=2e-6)
 

@@ -14,20 +14,20 @@ from diffit_jax.training import program as program_lib
 def in_another_order(q, k, v, bias):
   """The same attention, computed two halves of the keys at a time."""
   logits = jnp.einsum(
-    "bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32
+    "bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32
   )
   logits = logits * q.shape[-1] ** -0.5 + bias.astype(q.dtype)
   half = logits.shape[-1] // 2
   top = logits.max(-1, keepdims=True)
   weights = jnp.exp(logits - top)
   parts = [
-    jnp.einsum("bhnm,bmhd->bnhd", w.astype(v.dtype), x)
+    jnp.einsum("bhnm,bhmd->bhnd", w.astype(v.dtype), x)
     for w, x in (
-      (weights[..., :half], v[:, :half]),
-      (weights[..., half:], v[:, half:]),
+      (weights[..., :half], v[:, :, :half]),
+      (weights[..., half:], v[:, :, half:]),
     )
   ]
-  total = jnp.moveaxis(weights.sum(-1), 1, 2)[..., None]
+  total = weights.sum(-1)[..., None]
   return ((parts[0] + parts[1]) / total).astype(v.dtype)
 
 
