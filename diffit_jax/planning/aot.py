@@ -10,7 +10,6 @@ from ml_collections import config_dict
 
 from diffit_jax.training import cost
 from diffit_jax.training import program as program_lib
-from diffit_jax.training.state import abstract_monitor
 
 _OOM = re.compile(
   r"([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
@@ -82,8 +81,8 @@ def trace(config: config_dict.ConfigDict, devices: Sequence) -> Step:
     UserError: the config does not fit together, or not on these devices.
   """
   program = program_lib.build(config, devices)
-  batch = program_lib.batch_shapes(config)
-  traced = program.train_step.trace(program.abstract, abstract_monitor(), batch)
+  arguments = program_lib.step_arguments(config, program)
+  traced = program.train_step.trace(*arguments)
   state_bytes, batch_bytes = program_lib.argument_bytes(config, program)
   return Step(
     program=program,

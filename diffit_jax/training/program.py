@@ -18,7 +18,12 @@ from diffit_jax.parallel import sharding
 from diffit_jax.training import attention_probe, cost, ema, objective, step
 from diffit_jax.training.checkpoint import BEST_BY
 from diffit_jax.training.optimizer import make_optimizer
-from diffit_jax.training.state import TrainState, abstract_state, make_init
+from diffit_jax.training.state import (
+  TrainState,
+  abstract_monitor,
+  abstract_state,
+  make_init,
+)
 
 DIFFUSIONS = ("edm", "adm")
 
@@ -220,7 +225,7 @@ def init_params(model: nn.Module, side: int, seed: int):
 
 
 def batch_shapes(config: config_dict.ConfigDict) -> dict:
-  """Abstract global batch of the step, for compiling ahead of time."""
+  """Abstract global batch of the step."""
   b, side, channels = (
     config.batch_size,
     config.data.resolution,
@@ -235,6 +240,20 @@ def batch_shapes(config: config_dict.ConfigDict) -> dict:
     return batch | {"image": jax.ShapeDtypeStruct(image, jnp.uint8)}
   moments = (b, side, side, 2 * channels)
   return batch | {"moments": jax.ShapeDtypeStruct(moments, jnp.float32)}
+
+
+def step_arguments(config: config_dict.ConfigDict, program: Program) -> tuple:
+  """Abstract (state, monitor, batch) of a train step, with their shardings.
+
+  They are all that training's own arguments are to the tracer, so that what was
+  compiled for them is what training finds in the compilation cache.
+  """
+  whole = mesh_lib.batch_sharding(program.mesh)
+  batch = {
+    name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+    for name, leaf in batch_shapes(config).items()
+  }
+  return program.abstract, abstract_monitor(program.mesh), batch
 
 
 def argument_bytes(

@@ -6,7 +6,6 @@ from ml_collections import config_dict
 
 from diffit_jax.models import LatentDiffiT
 from diffit_jax.training import program as program_lib
-from diffit_jax.training import state as state_lib
 
 _MIB = 2**20
 
@@ -61,10 +60,8 @@ def _positions(model, num_params: int) -> str:
 
 def _memory(config, program) -> dict[str, int]:
   """Bytes on each device while a step runs, from the compiled program."""
-  batch = program_lib.batch_shapes(config)
-  compiled = program.train_step.lower(
-    program.abstract, state_lib.abstract_monitor(), batch
-  ).compile()
+  arguments = program_lib.step_arguments(config, program)
+  compiled = program.train_step.lower(*arguments).compile()
   state_bytes, batch_bytes = program_lib.argument_bytes(config, program)
   return {
     "state": state_bytes,

@@ -49,18 +49,20 @@ class Monitor:
   bad_step: jax.Array
 
 
-def abstract_monitor() -> Monitor:
-  """Shapes and dtypes of the sums."""
-  sums, counts = jnp.float32, jnp.int32
-  dtypes = Monitor(loss=sums, grad_norm=sums, steps=counts, bad_step=counts)
-  return jax.tree.map(lambda dtype: jax.ShapeDtypeStruct((), dtype), dtypes)
+_NEW = Monitor(np.float32(0), np.float32(0), np.int32(0), np.int32(-1))
+
+
+def abstract_monitor(mesh: Mesh) -> Monitor:
+  """Shapes, dtypes and shardings of the sums."""
+  whole = NamedSharding(mesh, PartitionSpec())
+  describe = lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=whole)
+  return jax.tree.map(describe, _NEW)
 
 
 def new_monitor(mesh: Mesh) -> Monitor:
   """Zero sums, replicated on the mesh."""
-  monitor = Monitor(np.float32(0), np.float32(0), np.int32(0), np.int32(-1))
   whole = NamedSharding(mesh, PartitionSpec())
-  return jax.tree.map(lambda x: place(x, whole), monitor)
+  return jax.tree.map(lambda x: place(x, whole), _NEW)
 
 
 def make_init(

@@ -48,21 +48,23 @@ def make_plan(config, name: str) -> planner.Plan:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_cache():
-  """A program for devices that are not there cannot be loaded from one."""
+def environment():
+  """As the command sets it; no program here could be loaded from a cache."""
   old = jax.config.jax_enable_compilation_cache
   jax.config.update("jax_enable_compilation_cache", False)
-  yield
+  jax.devices()  # XLA has read its flags, of which libtpu does not know all
+  with pytest.MonkeyPatch.context() as patch:
+    patch.delenv("XLA_FLAGS")
+    for name, value in topology.LIBTPU_ENVIRONMENT.items():
+      patch.setenv(name, value)
+    yield
   jax.config.update("jax_enable_compilation_cache", old)
 
 
 @pytest.fixture(scope="module")
 def tpu_plan() -> planner.Plan:
   pytest.importorskip("libtpu")
-  with pytest.MonkeyPatch.context() as patch:
-    for name, value in topology.LIBTPU_ENVIRONMENT.items():
-      patch.setenv(name, value)
-    return make_plan(small_config(), "v5e:4x4")
+  return make_plan(small_config(), "v5e:4x4")
 
 
 def test_a_slice_of_16_chips(tpu_plan):

@@ -3,7 +3,6 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +10,7 @@ import commands
 from configs.experiments import EXPERIMENTS, SWEEPS
 from diffit_jax.errors import UserError
 from diffit_jax.generation import generator
+from diffit_jax.parallel import mesh
 from diffit_jax.planning import listing
 from diffit_jax.training import program as program_lib
 from diffit_jax.training import report
@@ -60,6 +60,12 @@ def made_up_state(program):
   normal = lambda s: rng.normal(size=s.shape, scale=0.1).astype(s.dtype)
   params = jax.tree.map(normal, program.abstract.params)
   return state_lib.replace_params(state, params)
+
+
+def made_up_batch(config) -> dict:
+  rng = np.random.default_rng(0)
+  draw = lambda s: rng.integers(0, 3, s.shape).astype(s.dtype)
+  return jax.tree.map(draw, program_lib.batch_shapes(config))
 
 
 def distinct_graphs() -> dict[str, object]:
@@ -112,16 +118,27 @@ def test_the_alternatives_cost_the_main_path_nothing(name, macs):
   assert listing.count(network, config.data.resolution)[1] == macs
 
 
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_dry_run_compiles_what_training_runs(num_devices):
+  """The same program to the letter, so that training finds it in the cache."""
+  config = GRAPHS["imagenet256.py"]
+  program = program_lib.build(config, jax.devices()[:num_devices])
+  lower = lambda *args: program.train_step.lower(*args).as_text()
+  abstract = lower(*program_lib.step_arguments(config, program))
+  real = lower(
+    made_up_state(program),
+    state_lib.new_monitor(program.mesh),
+    mesh.put_batch(program.mesh, made_up_batch(config)),
+  )
+  assert real == abstract
+
+
 @pytest.mark.parametrize("name", GRAPHS)
 def test_the_shrunk_form_takes_a_step_and_plans(name):
   config = GRAPHS[name]
   program = program_lib.build(config, jax.devices()[:1])
   before = made_up_state(program)
-  rng = np.random.default_rng(0)
-  batch = jax.tree.map(
-    lambda s: jnp.asarray(rng.integers(0, 3, s.shape), s.dtype),
-    program_lib.batch_shapes(config),
-  )
+  batch = mesh.put_batch(program.mesh, made_up_batch(config))
   old = jax.tree.map(np.array, before.params)  # which is donated
   monitor = state_lib.new_monitor(program.mesh)
   state = before
