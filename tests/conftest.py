@@ -22,8 +22,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import pytest  # noqa: E402
 
+from commands import FEWER_EMITTERS  # noqa: E402
+
 # Begun first, so that both workers of xdist end at about the same time.
 LONG_FILES = (
+  "test_experiments.py",
   "test_evaluate_commands.py",
   "test_readme.py",
   "test_latent_commands.py",
@@ -34,6 +37,7 @@ LONG_FILES = (
   "test_launch.py",
   "test_placement.py",
   "test_checkpoint.py",
+  "test_plan.py",
 )
 
 
@@ -44,6 +48,7 @@ def pytest_configure(config):
   """
   if config.option.markexpr == "not slow":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    os.environ["XLA_FLAGS"] += f" {FEWER_EMITTERS}"
 
 
 def pytest_collection_modifyitems(items):

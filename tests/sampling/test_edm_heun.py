@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from commands import AS_USERS
 from diffit_jax import sampling
 from diffit_jax.errors import UserError
 from diffit_jax.sampling import edm_heun
@@ -248,7 +249,8 @@ def test_sample_does_not_depend_on_its_batch():
   run = jax.jit(
     lambda z, keys: sampling.sample(
       gaussian(0.3, 0.7), "edm_heun", z, steps=n, keys=keys, **CHURN
-    )
+    ),
+    compiler_options=AS_USERS,
   )
   together = run(z, keys)
   apart = jnp.concatenate([run(z[:1], keys[:1]), run(z[1:], keys[1:])])

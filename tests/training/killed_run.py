@@ -14,6 +14,7 @@ import time
 
 from configs import digits
 from diffit_jax.training import checkpoint, loop
+from two_processes import Notes
 
 
 def die() -> None:
@@ -49,6 +50,7 @@ def main(workdir: str, data_dir: str, mode: str, at: int) -> None:
         time.sleep(0.0005)
       die()
 
+  loop.metrics.Writer = Notes
   loop.mesh_lib.put_batch = put_batch
   checkpoint.Checkpoints.save = save
   assert loop.train(config, workdir, data_dir)

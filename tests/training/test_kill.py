@@ -18,6 +18,7 @@ from diffit_jax.training import checkpoint
 from diffit_jax.training import program as program_lib
 from training import long_run
 
+PATHS = f"{ROOT}:{ROOT / 'tests'}"
 DRIVER = pathlib.Path(__file__).with_name("killed_run.py")
 
 
@@ -25,7 +26,7 @@ def start(workdir, data_dir, mode="none", at=0) -> int:
   done = subprocess.run(
     [sys.executable, str(DRIVER), str(workdir), data_dir, mode, str(at)],
     cwd=ROOT,
-    env={**os.environ, "XLA_FLAGS": FAST_COMPILE, "PYTHONPATH": str(ROOT)},
+    env={**os.environ, "XLA_FLAGS": FAST_COMPILE, "PYTHONPATH": PATHS},
     capture_output=True,
     text=True,
     timeout=300,
@@ -78,7 +79,7 @@ class LongRun:
     return subprocess.Popen(
       self._command,
       cwd=ROOT,
-      env={**os.environ, "XLA_FLAGS": FAST_COMPILE, "PYTHONPATH": str(ROOT)},
+      env={**os.environ, "XLA_FLAGS": FAST_COMPILE, "PYTHONPATH": PATHS},
       stdout=self._log,
       stderr=self._log,
     )
