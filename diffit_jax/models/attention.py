@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
+from diffit_jax.models.flat_product import flat_dot_general
 from diffit_jax.models.time_in import TIME_IN
 
 XAVIER = nn.initializers.xavier_uniform()
@@ -135,7 +136,11 @@ class TMSA(nn.Module):
     bias = self._bias(time, window) if entry.has_bias else None
 
     dense = lambda name, features=3 * channels, init=XAVIER: nn.Dense(
-      features, dtype=self.dtype, kernel_init=init, name=name
+      features,
+      dtype=self.dtype,
+      kernel_init=init,
+      dot_general=flat_dot_general,
+      name=name,
     )
     qkv = dense("qkv", init=self.qkv_init)(x)
     if entry.qkv:  # the seam: elsewhere time enters only in ablations
@@ -217,7 +222,22 @@ def attention_weights(
     preferred_element_type=jnp.promote_types(q.dtype, jnp.float32),
   )
   logits = logits if bias is None else logits + bias
-  return jax.nn.softmax(logits, axis=-1)
+  return softmax(logits)
+
+
+@jax.custom_jvp
+def softmax(x: jax.Array) -> jax.Array:
+  """Over the last axis. It keeps its result for the backward pass, no more.
+
+  `jax.nn.softmax` by itself keeps the exponentials, too.
+  """
+  return jax.nn.softmax(x, axis=-1)
+
+
+@softmax.defjvp
+def _softmax_jvp(primals, tangents):
+  y, (dx,) = softmax(*primals), tangents
+  return y, y * (dx - jnp.sum(y * dx, axis=-1, keepdims=True))
 
 
 def _attend_cudnn(q, k, v, bias):

@@ -15,6 +15,7 @@ none of these.
 """
 
 from collections.abc import Callable
+import math
 from typing import Any
 
 from flax import linen as nn
@@ -29,6 +30,7 @@ from diffit_jax.models.attention import (
   Constrain,
   unconstrained,
 )
+from diffit_jax.models.flat_product import flat_dot_general
 from diffit_jax.models.time_in import TIME_IN
 
 # CHOICE: the last map of each residual branch starts at 1e-5 times Xavier, as
@@ -128,6 +130,27 @@ def group_norm(channels: int, dtype: jnp.dtype, name: str) -> nn.GroupNorm:
   )
 
 
+@jax.custom_jvp
+def gelu(x: jax.Array) -> jax.Array:
+  """x (1 + tanh u) / 2, u = sqrt(2 / pi) (x + 0.044715 x^3): tanh-GELU.
+
+  It keeps one array for the backward pass, its slope, where `jax.nn.gelu` by
+  itself keeps five.
+  """
+  return jax.nn.gelu(x, approximate=True)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+  (x,), (dx,) = primals, tangents
+  rate, cubic = (2 / math.pi) ** 0.5, 0.044715
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  tanh = jnp.tanh(rate * (wide + cubic * wide**3))
+  du = rate * (1 + 3 * cubic * wide**2)
+  slope = (1 + tanh + wide * (1 - tanh**2) * du) / 2
+  return gelu(x), slope.astype(x.dtype) * dx
+
+
 class MLP(nn.Module):
   """Linear -> GELU (tanh) -> dropout -> Linear, width c -> ratio c -> c."""
 
@@ -141,10 +164,14 @@ class MLP(nn.Module):
   def __call__(self, x: jax.Array, sample_index: jax.Array | None) -> jax.Array:
     channels = x.shape[-1]
     dense = lambda name, features, init: nn.Dense(
-      features, dtype=self.dtype, kernel_init=init, name=name
+      features,
+      dtype=self.dtype,
+      kernel_init=init,
+      dot_general=flat_dot_general,
+      name=name,
     )
     x = self.constrain(dense("fc1", round(self.ratio * channels), XAVIER)(x))
-    x = nn.gelu(x)
+    x = gelu(x)
     if self.dropout and sample_index is not None:
       x = drop_out(x, self.dropout, self.make_rng("dropout"), sample_index)
     return dense("fc2", channels, self.last_init)(x)

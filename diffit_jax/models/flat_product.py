@@ -1,0 +1,34 @@
+"""The product of a linear map, as one of two matrices.
+
+On a grid of tokens [b, h, w, c], the gradient of the kernel contracts three
+axes. XLA for CPU transposes the tokens for that; of matrices it does not, and
+the two products of the backward pass take 0.7 of the time (1024 tokens, 1152 to
+4608 wide, 2 cores).
+"""
+
+import math
+
+import jax
+
+
+def flat_dot_general(
+  x: jax.Array, kernel: jax.Array, dimension_numbers, precision=None
+) -> jax.Array:
+  """`jax.lax.dot_general` for `nn.Dense(dot_general=...)`.
+
+  Args:
+    x: [..., c].
+    kernel: [c, features].
+    dimension_numbers: of a contraction of x's last axis with kernel's first.
+    precision: of the product.
+
+  Returns:
+    [..., features].
+  """
+  assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ()))
+  *lead, width = x.shape
+  flat = x.reshape(math.prod(lead), width)
+  out = jax.lax.dot_general(
+    flat, kernel, (((1,), (0,)), ((), ())), precision=precision
+  )
+  return out.reshape(*lead, kernel.shape[-1])
