@@ -65,6 +65,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.optimizer.learning_rate = 1e-3
   config.sampler.steps = 18  # 35 network evaluations
   if variant.debug:
+    config.model.channel_mult = (1, 2)
     if variant.rung != "E":
       config.model.vit_dim = 16
       config.model.vit_depth = 4

@@ -141,6 +141,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
     config.batch_size = 8
     config.total_steps = 4
     config.model.base_channels = 16
+    config.model.channel_mult = (1, 2)
     config.model.head_dim = 8
     config.model.time_dim = 32
     config.optimizer.rampup_images = 64
