@@ -15,7 +15,7 @@ import functools
 import importlib
 import pathlib
 
-from absl import app, flags
+from absl import app, flags, logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -256,6 +256,7 @@ def plot(tables: list[report.Table], path: str) -> None:
 
 
 def main(_) -> None:
+  logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
   is_short = report.SHORT.value
   num = 50 if is_short else _NUM.value
   ensure_trained("digits_latent", _LATENT.value)

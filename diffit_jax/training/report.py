@@ -19,7 +19,13 @@ def dry_run(
     config: the resolved config.
     devices: of the mesh; None is all there are.
   """
-  program = program_lib.build(config, devices)
+  return describe(config, program_lib.build(config, devices))
+
+
+def describe(
+  config: config_dict.ConfigDict, program: program_lib.Program
+) -> str:
+  """The same of a program that is there already."""
   params = program.abstract.params
   num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
   memory = _memory(config, program)

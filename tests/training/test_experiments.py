@@ -152,7 +152,7 @@ def test_the_shrunk_form_takes_a_step_and_plans(name):
     )
   ]
   assert any(moved)
-  plan = report.dry_run(config, jax.devices()[:1])  # compiled, as the cache has
+  plan = report.describe(config, program)  # compiled, as the cache has
   assert "MACs per image" in plan and "MiB temporaries" in plan
 
 
