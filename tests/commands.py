@@ -15,7 +15,7 @@ import sys
 import tempfile
 
 # Without its MLIR emitters, XLA for CPU compiles the same program in a sixth to
-# a half of the time.
+# six tenths of the time.
 FEWER_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 # For jax.jit, where rounding is compared to the last bits.
 AS_USERS = {"xla_cpu_use_fusion_emitters": True}
@@ -25,6 +25,7 @@ FAST_COMPILE = (
   f" {FEWER_EMITTERS}"
 )
 ROOT = pathlib.Path(__file__).parent.parent
+PYTHON_PATH = f"{ROOT}:{ROOT / 'tests'}"  # of programs that import from tests/
 _READ_AFTER_IMPORTS = {"XLA_FLAGS", "TFDS_DATA_DIR"}
 
 

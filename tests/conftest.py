@@ -56,6 +56,15 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: item.path.name not in LONG_FILES)
 
 
+@pytest.fixture
+def x64():
+  """Float64 wherever a test asks for it."""
+  import jax
+
+  with jax.enable_x64(True):
+    yield
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> str:
   """A data directory with the prepared digits."""

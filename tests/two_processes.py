@@ -24,7 +24,7 @@ from unittest import mock
 
 import jax
 
-from commands import FAST_COMPILE, ROOT
+from commands import FAST_COMPILE, PYTHON_PATH, ROOT
 from configs import digits
 from diffit_jax import cli
 from diffit_jax.errors import UserError
@@ -59,7 +59,7 @@ def run_all(commands, timeout=300, **env) -> list[tuple[int, str, str]]:
     **os.environ,
     "XLA_FLAGS": FOUR_DEVICES,
     "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    "PYTHONPATH": PYTHON_PATH,
     **env,
   }
   environment = {k: v for k, v in environment.items() if v is not None}

@@ -263,10 +263,9 @@ def argument_bytes(
   local = lambda leaf: (
     leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
   )
-  batch = batch_shapes(config)
-  whole = sum(leaf.dtype.itemsize * leaf.size for leaf in batch.values())
-  state = sum(map(local, jax.tree.leaves(program.abstract)))
-  return state, whole // program.mesh.size
+  state, _, batch = step_arguments(config, program)
+  total = lambda tree: sum(map(local, jax.tree.leaves(tree)))
+  return total(state), total(batch)
 
 
 def forward_macs(model: nn.Module, params, side: int) -> cost.Macs:

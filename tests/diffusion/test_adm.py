@@ -13,12 +13,6 @@ WHOLE = adm.make_schedule()
 HALF_LOG_SNR = np.log(WHOLE.alphas_cumprod / (1 - WHOLE.alphas_cumprod)) / 2
 
 
-@pytest.fixture
-def x64():
-  with jax.enable_x64(True):
-    yield
-
-
 def row(*values, dtype=jnp.float32):
   """One sample of height and width 1."""
   return jnp.array(values, dtype).reshape(1, 1, 1, -1)

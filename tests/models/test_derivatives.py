@@ -15,12 +15,6 @@ from diffit_jax.models.flat_product import flat_dot_general
 X = np.random.default_rng(0).normal(size=(3, 5, 7)) * 4
 
 
-@pytest.fixture
-def x64():
-  with jax.enable_x64(True):
-    yield
-
-
 @pytest.mark.parametrize(
   "ours, plain",
   [

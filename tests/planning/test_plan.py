@@ -21,6 +21,8 @@ from diffit_jax.planning import (
   topology,
 )
 
+pytestmark = pytest.mark.usefixtures("libtpu_environment")
+
 CARD_KEYS = {
   *("arguments_gib", "temporaries_gib", "fits", "flops_ratio", "collectives"),
   *("wire_gb", "chips", "total_gib", "hbm_gib", "over_gib", "mfu", "step_ms"),
@@ -47,22 +49,8 @@ def make_plan(config, name: str) -> planner.Plan:
   return planner.make_plan(config, wanted, topology.devices(wanted))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def environment():
-  """As the command sets it; no program here could be loaded from a cache."""
-  old = jax.config.jax_enable_compilation_cache
-  jax.config.update("jax_enable_compilation_cache", False)
-  jax.devices()  # XLA has read its flags, of which libtpu does not know all
-  with pytest.MonkeyPatch.context() as patch:
-    patch.delenv("XLA_FLAGS")
-    for name, value in topology.LIBTPU_ENVIRONMENT.items():
-      patch.setenv(name, value)
-    yield
-  jax.config.update("jax_enable_compilation_cache", old)
-
-
 @pytest.fixture(scope="module")
-def tpu_plan() -> planner.Plan:
+def tpu_plan(libtpu_environment) -> planner.Plan:
   pytest.importorskip("libtpu")
   return make_plan(small_config(), "v5e:4x4")
 

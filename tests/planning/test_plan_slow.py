@@ -4,25 +4,13 @@ The bounds are those that the project set itself; figures printed by the command
 are in docs/plan.md.
 """
 
-import jax
 import pytest
 
 from configs import cifar10, ffhq64, imagenet256, imagenet512
 from diffit_jax.planning import aot, planner, report, topology
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("libtpu_environment")]
 pytest.importorskip("libtpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def environment():
-  old = jax.config.jax_enable_compilation_cache
-  jax.config.update("jax_enable_compilation_cache", False)
-  with pytest.MonkeyPatch.context() as patch:
-    for name, value in topology.LIBTPU_ENVIRONMENT.items():
-      patch.setenv(name, value)
-    yield
-  jax.config.update("jax_enable_compilation_cache", old)
 
 
 def plan(config, name: str, **fields) -> dict:

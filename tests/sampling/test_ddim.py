@@ -11,12 +11,6 @@ from diffit_jax.sampling import ddim
 import vp_problems as vp
 
 
-@pytest.fixture
-def x64():
-  with jax.enable_x64(True):
-    yield
-
-
 @pytest.mark.parametrize(  # facts 4.5: x = 0.5, eps = 0.3
   "k, expected",
   # At k = 1 facts have 0.49521607, from 1 - abar in float32; this is (1)-(3)

@@ -12,12 +12,6 @@ from diffit_jax.sampling import ddpm
 import vp_problems as vp
 
 
-@pytest.fixture
-def x64():
-  with jax.enable_x64(True):
-    yield
-
-
 @pytest.mark.parametrize(  # facts 4.5: x = 0.5, eps = 0.3, v = -0.2
   "k, t, mean, log_variance",
   [

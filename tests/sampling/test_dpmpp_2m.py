@@ -10,12 +10,6 @@ from diffit_jax.diffusion import adm
 import vp_problems as vp
 
 
-@pytest.fixture
-def x64():
-  with jax.enable_x64(True):
-    yield
-
-
 def lu(network, z, kept):
   """Lu et al. 2022, Algorithm 2, and a last step to x_0; float64."""
   abar = vp.ABAR[kept]

@@ -13,12 +13,6 @@ from diffit_jax.sampling import edm_heun
 SHAPE = (3, 2, 2, 2)
 
 
-@pytest.fixture
-def x64():
-  with jax.enable_x64(True):
-    yield
-
-
 def gaussian(mean, std):
   """The exact denoiser of N(mean, std^2) data."""
 

@@ -14,12 +14,6 @@ from diffit_jax.sampling import unipc
 import vp_problems as vp
 
 
-@pytest.fixture
-def x64():
-  with jax.enable_x64(True):
-    yield
-
-
 def zhao(network, z, kept, order, variant):
   """Zhao et al. 2023, Algorithms 5 and 6, B(h) and phi as in the paper.
 

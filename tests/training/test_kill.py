@@ -12,13 +12,17 @@ import jax
 import numpy as np
 import pytest
 
-from commands import FAST_COMPILE, ROOT
+from commands import FAST_COMPILE, PYTHON_PATH, ROOT
 from configs import digits
 from diffit_jax.training import checkpoint
 from diffit_jax.training import program as program_lib
 from training import long_run
 
-PATHS = f"{ROOT}:{ROOT / 'tests'}"
+ENVIRONMENT = {
+  **os.environ,
+  "XLA_FLAGS": FAST_COMPILE,
+  "PYTHONPATH": PYTHON_PATH,
+}
 DRIVER = pathlib.Path(__file__).with_name("killed_run.py")
 
 
@@ -26,7 +30,7 @@ def start(workdir, data_dir, mode="none", at=0) -> int:
   done = subprocess.run(
     [sys.executable, str(DRIVER), str(workdir), data_dir, mode, str(at)],
     cwd=ROOT,
-    env={**os.environ, "XLA_FLAGS": FAST_COMPILE, "PYTHONPATH": PATHS},
+    env=ENVIRONMENT,
     capture_output=True,
     text=True,
     timeout=300,
@@ -79,7 +83,7 @@ class LongRun:
     return subprocess.Popen(
       self._command,
       cwd=ROOT,
-      env={**os.environ, "XLA_FLAGS": FAST_COMPILE, "PYTHONPATH": PATHS},
+      env=ENVIRONMENT,
       stdout=self._log,
       stderr=self._log,
     )
