@@ -221,8 +221,39 @@ def attention_weights(
     k,
     preferred_element_type=jnp.promote_types(q.dtype, jnp.float32),
   )
-  logits = logits if bias is None else logits + bias
-  return softmax(logits)
+  return softmax(logits if bias is None else _add_bias(logits, bias))
+
+
+@jax.custom_jvp
+def _add_bias(logits: jax.Array, bias: jax.Array) -> jax.Array:
+  return logits + bias
+
+
+@_add_bias.defjvp
+def _add_bias_jvp(primals, tangents):
+  logits, bias = primals
+  d_logits, d_bias = tangents
+  lead = logits.shape[: logits.ndim - bias.ndim]
+  return logits + bias, d_logits + _repeat(d_bias, lead)
+
+
+def _repeat(bias: jax.Array, lead: tuple[int, ...]) -> jax.Array:
+  """[*shape] -> [*lead, *shape], whose gradient sums fast on CPU, too.
+
+  XLA for CPU sums over leading axes 25 times slower than it contracts them
+  (jax 0.10.2; 4 x 16 x 256 x 256), so there the sum is a product with ones.
+  """
+
+  def times_ones(bias):
+    ones, no_axes = jnp.ones(lead, bias.dtype), ((), ())
+    dimensions = no_axes, no_axes
+    return jax.lax.dot_general(ones, bias, dimensions, precision="highest")
+
+  return jax.lax.platform_dependent(
+    bias,
+    cpu=times_ones,
+    default=lambda bias: jnp.broadcast_to(bias, (*lead, *bias.shape)),
+  )
 
 
 @jax.custom_jvp

@@ -46,6 +46,7 @@ from diffit_jax.models.embeddings import (
   TimestepEmbedding,
   sincos_positions,
 )
+from diffit_jax.models.flat_product import flat_dot_general
 
 STACKED = "blocks"
 BIAS_TABLE = "relative_position_bias_table"
@@ -140,9 +141,12 @@ class LatentDiffiT(nn.Module):
       pr=self.patch_size,
       pc=self.patch_size,
     )
-    h = nn.Dense(self.hidden_dim, kernel_init=XAVIER, name="patch_embed")(
-      patches
-    )
+    h = nn.Dense(
+      self.hidden_dim,
+      kernel_init=XAVIER,
+      dot_general=flat_dot_general,
+      name="patch_embed",
+    )(patches)
     positions = sincos_positions(self.hidden_dim, self.grid)
     h += positions.reshape(self.grid, self.grid, -1)  # (11)
     h = self.constrain(h)
@@ -152,6 +156,7 @@ class LatentDiffiT(nn.Module):
     h = nn.Dense(
       self.patch_size**2 * self.out_channels,
       kernel_init=nn.initializers.zeros,
+      dot_general=flat_dot_general,
       name="head",
     )(self._normalise(h, time))
     return einops.rearrange(
