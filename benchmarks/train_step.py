@@ -5,13 +5,16 @@
 
 Each config's real network and step, float32, on noise: draws, loss, gradient,
 optimizer, EMA. PyTorch gets the same weights and must give the same outputs
-and, in a shallow network, the same gradients. It has no augmentation and keeps
-everything for its backward pass, so ours does too (remat=none). Ours and
-PyTorch's states take turns in memory where they do not fit together. Peak
-memory is that of a process which only trains, beside 20 bytes for each
-parameter (weight, gradient, two moments, average) and what `remat` keeps of the
-activations; only of the latent model, since XLA for CPU undoes recomputation
-outside of loops.
+and, in a shallow network, the same gradients. It has no augmentation, keeps
+everything for its backward pass and runs one block after the other, so ours
+does, too (remat=none, scan_blocks=False; in a loop, XLA for CPU copies every
+block's kernels out of their stack). Ours and PyTorch's states take turns in
+memory where they do not fit together.
+
+Peak memory is that of a process which only trains, with the loop of blocks that
+the config has, beside 20 bytes for each parameter (weight, gradient, two
+moments, average) and what `remat` keeps of the activations; only of the latent
+model, since XLA for CPU undoes recomputation outside of loops.
 """
 
 from collections.abc import Callable
@@ -41,6 +44,7 @@ _REMATS = flags.DEFINE_list(
 
 SHORT_CONFIGS = ("imagenet256", "ffhq64", "digits")
 SHORT_DEPTH = 4
+UNROLLED = {"model.scan_blocks": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +73,7 @@ def make_case(name: str, depth: int, batch_size: int) -> Case:
     return Case(
       f"{name}, depth {depth}",
       f"{name}:precision=paper",
-      fields | {"model.depth": depth, "model.remat": "none"},
+      fields | UNROLLED | {"model.depth": depth, "model.remat": "none"},
       dict(kind="latent", num_classes=1000, **latent),
       is_shallow=depth <= SHORT_DEPTH,
     )
@@ -209,7 +213,7 @@ def row(case: Case, about: dict, times: dict, off: float | None) -> dict:
 
 def memory(case: Case, remat: str) -> dict:
   """Peak memory of two steps in a process of their own, beside its bound."""
-  fields = case.fields | {"model.remat": remat}
+  fields = case.fields | {"model.remat": remat, "model.scan_blocks": True}
   with worker.start(sys.executable, "benchmarks.train_worker") as (_, ours):
     about = ours("load", config=case.config, fields=fields)
     idle = ours("peak_bytes")

@@ -21,39 +21,31 @@ from diffit_jax.training import objective
 from diffit_jax.training import program as program_lib
 from diffit_jax.training import state as state_lib
 
-# Gradients to compare: PyTorch name, our path, block, order of PyTorch axes.
+# Gradients to compare: PyTorch's name, our path, order of PyTorch's axes.
 GRADIENTS = {
   "latent_diffit": (
     (
       "blocks.0.attn.relative_position_bias_table",
-      "blocks/attn/relative_position_bias_table",
-      0,
+      "blocks_0/attn/relative_position_bias_table",
       (0, 1),
     ),
-    ("blocks.1.mlp.fc1.weight", "blocks/mlp/fc1/kernel", 1, (1, 0)),
-    ("blocks.0.attn.proj.weight", "blocks/attn/proj/kernel", 0, (1, 0)),
-    ("t_embedder.mlp.0.weight", "time_embed/fc1/kernel", None, (1, 0)),
+    ("blocks.1.mlp.fc1.weight", "blocks_1/mlp/fc1/kernel", (1, 0)),
+    ("blocks.0.attn.proj.weight", "blocks_0/attn/proj/kernel", (1, 0)),
+    ("t_embedder.mlp.0.weight", "time_embed/fc1/kernel", (1, 0)),
   ),
   "image_diffit": (
     (
       "encoder_0_block_0.block.attn.relative_position_bias_table",
       "encoder_0_block_0/block/attn/relative_position_bias_table",
-      None,
       (0, 1),
     ),
     (
       "encoder_1_block_0.conv.weight",
       "encoder_1_block_0/conv/kernel",
-      None,
       (3, 2, 0, 1),
     ),
-    ("decoder_0_up.weight", "decoder_0_up/kernel", None, (3, 2, 0, 1)),
-    (
-      "embedding.map_layer0.weight",
-      "embedding/map_layer0/kernel",
-      None,
-      (1, 0),
-    ),
+    ("decoder_0_up.weight", "decoder_0_up/kernel", (3, 2, 0, 1)),
+    ("embedding.map_layer0.weight", "embedding/map_layer0/kernel", (1, 0)),
   ),
 }
 
@@ -65,8 +57,7 @@ def made_up(shapes) -> dict:
   def fill(path, leaf):
     values = rng.standard_normal(leaf.shape, np.float32)
     if path[-1].key == "kernel":
-      is_stacked = path[0].key == "blocks"
-      fan_in = np.prod(leaf.shape[1 if is_stacked else 0 : -1])
+      fan_in = np.prod(leaf.shape[:-1])
       return values / np.float32(fan_in**0.5)
     return values / 10 + np.float32(path[-1].key == "scale")
 
@@ -205,9 +196,8 @@ class Network:
       out["losses"] = jax.jit(self._given_losses)(self.params, self._inputs())
       found = jax.jit(jax.grad(mean))(self.params)
       found = traverse_util.flatten_dict(found, sep="/")
-      for name, ours, block, order in GRADIENTS[self.config.model.name]:
-        leaf = found[ours] if block is None else found[ours][block]
-        out[name] = leaf.transpose(order)
+      for name, path, order in GRADIENTS[self.config.model.name]:
+        out[name] = found[path].transpose(order)
     contiguous = {k: np.ascontiguousarray(v) for k, v in out.items()}
     save_file(contiguous, outputs)
 
