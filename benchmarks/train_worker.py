@@ -218,6 +218,7 @@ class Network:
 
   def stop(self):
     self.state = None
+    worker.give_memory_back()
 
   def step(self) -> float:
     def run():

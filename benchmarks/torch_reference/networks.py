@@ -4,8 +4,6 @@
 Tensors travel in safetensors files, channels last as on our side.
 """
 
-import ctypes
-import gc
 import os
 import time
 
@@ -43,9 +41,7 @@ class Networks:
   def stop(self):
     """Forgets what training needs beside the weights, and gives it back."""
     self.optimizer = self.ema = self.trained = None
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)
-    trim(0)  # glibc keeps what was freed, and the other program needs it
+    worker.give_memory_back()
 
   def attention(self, name):
     blocks.Attention.use_sdpa = {"eager": False, "sdpa": True}[name]
