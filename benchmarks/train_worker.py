@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from benchmarks import report, worker
 from diffit_jax import interop
 from diffit_jax.diffusion import adm, edm
+from diffit_jax.models import latent
 from diffit_jax.training import objective
 from diffit_jax.training import program as program_lib
 from diffit_jax.training import state as state_lib
@@ -57,7 +58,8 @@ def made_up(shapes) -> dict:
   def fill(path, leaf):
     values = rng.standard_normal(leaf.shape, np.float32)
     if path[-1].key == "kernel":
-      fan_in = np.prod(leaf.shape[:-1])
+      is_stacked = path[0].key == "blocks"
+      fan_in = np.prod(leaf.shape[1 if is_stacked else 0 : -1])
       return values / np.float32(fan_in**0.5)
     return values / 10 + np.float32(path[-1].key == "scale")
 
@@ -195,6 +197,8 @@ class Network:
       mean = lambda params: self._given_losses(params, self._inputs()).mean()
       out["losses"] = jax.jit(self._given_losses)(self.params, self._inputs())
       found = jax.jit(jax.grad(mean))(self.params)
+      if self.config.model.get("scan_blocks"):
+        found = latent.unstack_blocks(found)
       found = traverse_util.flatten_dict(found, sep="/")
       for name, path, order in GRADIENTS[self.config.model.name]:
         out[name] = found[path].transpose(order)

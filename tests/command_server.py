@@ -1,11 +1,12 @@
-"""Forks commands from a process in which what they import is already loaded.
+"""Forks programs from a process in which what they import is already loaded.
 
   python command_server.py
 
-Reads one JSON object a line: module, argv, cwd, env, stdout, stderr (files).
-Answers with the command's exit code, a line each. Every command is a fork of
-its own, made before JAX has a backend: it starts its own, under its own flags,
-and ends as the interpreter ends.
+Reads one JSON object a line and answers with a line. {"run": command line of
+Python, cwd, env, stdout, stderr (files)} starts a program and is answered with
+its process ID; {"end_of": process ID} waits, and is answered with the exit
+code. Every program is a fork of its own, made before JAX has a backend: it
+starts its own, under its own flags, and ends as the interpreter ends.
 """
 
 import gc
@@ -19,45 +20,64 @@ import sys
 PRELOADED = (
   "clu.metric_writers",
   "diffit_jax.autoencoder.codec",
+  "diffit_jax.evaluation.card",
   "diffit_jax.generation.job",
   "diffit_jax.generation.weights",
   "diffit_jax.training.loop",
   "tensorflow_datasets",
 )
-TIMEOUT = 300  # seconds, after which SIGALRM ends a command
+TIMEOUT = 300  # seconds, after which SIGALRM ends a program
 
 
-def next_command() -> dict:
-  """Returns once for every line of stdin, each time in a fork."""
+def next_program() -> dict:
+  """Returns once for every program to run, each time in a fork."""
   for line in sys.stdin:
+    request = json.loads(line)
+    if "end_of" in request:
+      _, status = os.waitpid(request["end_of"], 0)
+      print(os.waitstatus_to_exitcode(status), flush=True)
+      continue
     pid = os.fork()
     if pid == 0:
-      return json.loads(line)
-    _, status = os.waitpid(pid, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
+      return request
+    print(pid, flush=True)
   os._exit(0)
 
 
+def run(first: str, *rest: str) -> None:
+  """As `python -m MODULE ...`, `python -c CODE ...` or `python FILE ...`."""
+  if first == "-m":
+    sys.argv = list(rest)
+    runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+  elif first == "-c":
+    sys.argv = ["-c", *rest[1:]]
+    exec(rest[0], {"__name__": "__main__"})
+  else:
+    sys.argv = [first, *rest]
+    sys.path[0] = os.path.dirname(first)
+    runpy.run_path(first, run_name="__main__")
+
+
 def main() -> None:
-  sys.path[0] = ""  # as `python -m` has it, not the folder of this file
+  sys.path[0] = ""  # the project's folder, not that of this file
   for name in PRELOADED:
     importlib.import_module(name)
   gc.freeze()  # what is loaded stays in pages that the forks share
   # Another thread could hold a lock that the fork then waits for.
   assert len(os.listdir("/proc/self/task")) == 1
-  command = next_command()
+  program = next_program()
   signal.alarm(TIMEOUT)
   for descriptor, name, mode in (
     (0, os.devnull, os.O_RDONLY),
-    (1, command["stdout"], os.O_WRONLY),
-    (2, command["stderr"], os.O_WRONLY),
+    (1, program["stdout"], os.O_WRONLY | os.O_APPEND),
+    (2, program["stderr"], os.O_WRONLY | os.O_APPEND),
   ):
     os.dup2(os.open(name, mode), descriptor)
   os.environ.clear()
-  os.environ.update(command["env"])
-  os.chdir(command["cwd"])
-  sys.argv = [command["module"], *command["argv"]]
-  runpy.run_module(command["module"], run_name="__main__", alter_sys=True)
+  os.environ.update(program["env"])
+  sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(":"))
+  os.chdir(program["cwd"])
+  run(*program["run"])
 
 
 if __name__ == "__main__":

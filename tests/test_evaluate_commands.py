@@ -197,14 +197,12 @@ def test_sigterm_keeps_what_was_gathered(place, data_dir):
     num = int(file["num"])
   assert 0 < num < 1_000_000
   process = commands.start(command)
-  lines = []
-  for line in process.stderr:
-    lines.append(line)
-    if f"going on from {partial}, {num} images" in line:
-      break
+  going_on = f"going on from {partial}, {num} images"
+  while going_on not in process.errors() and process.poll() is None:
+    time.sleep(0.1)
   process.kill()
-  process.communicate()
-  assert num and f"{num} images" in lines[-1], lines
+  _, err = process.communicate()
+  assert going_on in err, err
 
 
 def test_a_sweep_makes_a_card_a_row_and_a_point_of_each_value(place, data_dir):

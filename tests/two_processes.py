@@ -17,14 +17,13 @@ import os
 import pathlib
 import signal
 import socket
-import subprocess
 import sys
 import time
 from unittest import mock
 
 import jax
 
-from commands import FAST_COMPILE, PYTHON_PATH, ROOT
+from commands import FAST_COMPILE, start_python
 from configs import digits
 from diffit_jax import cli
 from diffit_jax.errors import UserError
@@ -55,26 +54,8 @@ def run_all(commands, timeout=300, **env) -> list[tuple[int, str, str]]:
 
   A variable of `env` that is None is taken away.
   """
-  environment = {
-    **os.environ,
-    "XLA_FLAGS": FOUR_DEVICES,
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": PYTHON_PATH,
-    **env,
-  }
-  environment = {k: v for k, v in environment.items() if v is not None}
-  processes = [
-    subprocess.Popen(
-      [sys.executable, *command],
-      cwd=ROOT,
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      stdin=subprocess.DEVNULL,
-      text=True,
-    )
-    for command in commands
-  ]
+  env = {"XLA_FLAGS": FOUR_DEVICES, **env}
+  processes = [start_python(command, env=env) for command in commands]
   try:
     texts = [process.communicate(timeout=timeout) for process in processes]
     return [(p.returncode, *text) for p, text in zip(processes, texts)]

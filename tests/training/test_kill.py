@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from commands import FAST_COMPILE, PYTHON_PATH, ROOT
+from commands import FAST_COMPILE, PYTHON_PATH, ROOT, start_python
 from configs import digits
 from diffit_jax.training import checkpoint
 from diffit_jax.training import program as program_lib
@@ -27,16 +27,11 @@ DRIVER = pathlib.Path(__file__).with_name("killed_run.py")
 
 
 def start(workdir, data_dir, mode="none", at=0) -> int:
-  done = subprocess.run(
-    [sys.executable, str(DRIVER), str(workdir), data_dir, mode, str(at)],
-    cwd=ROOT,
-    env=ENVIRONMENT,
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
-  assert done.returncode in (0, -9), done.stderr[-3000:]
-  return done.returncode
+  command = [str(DRIVER), str(workdir), data_dir, mode, str(at)]
+  process = start_python(command)
+  _, err = process.communicate(timeout=300)
+  assert process.returncode in (0, -9), err[-3000:]
+  return process.returncode
 
 
 def final_state(workdir):
