@@ -154,6 +154,25 @@ def test_time_token_acts_like_an_extended_token():
   np.testing.assert_allclose(apply(params, x, time), out, atol=2e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 5), (3, 1, 2, 5, 5)])
+def test_derivatives_of_the_bias_are_those_of_the_formula(shape, x64):
+  """Of one bias for all samples, and of one for each; both modes."""
+  rng = np.random.default_rng(0)
+  q, k, v = (rng.normal(size=(3, 4, 2, 5, 6)) for _ in range(3))
+  bias, tangent = rng.normal(size=(2, *shape))
+
+  def formula(bias):
+    weights = jnp.exp(q @ k.swapaxes(-1, -2) / 6**0.5 + bias)
+    return weights / weights.sum(axis=-1, keepdims=True) @ v
+
+  ours = lambda bias: attention.attend(q, k, v, bias)
+  forward = lambda f: jax.jvp(f, (bias,), (tangent,))
+  for found, wanted in zip(forward(ours), forward(formula)):
+    np.testing.assert_allclose(found, wanted, atol=1e-12)
+  gradient = lambda f: jax.jit(jax.grad(lambda b: jnp.sin(f(b)).sum()))(bias)
+  np.testing.assert_allclose(gradient(ours), gradient(formula), atol=1e-12)
+
+
 @pytest.mark.parametrize("window", [4, 5, 64])
 def test_one_window_of_the_whole_map_is_global(window):
   params, inputs = golden_params(4), golden_input()
