@@ -113,7 +113,13 @@ def _conv_macs(eqn: core.JaxprEqn) -> int:
 
 
 def _sub_jaxprs(params: dict) -> list[core.Jaxpr]:
-  """Jaxprs inside an equation; a cond counts every branch."""
+  """Jaxprs inside an equation; a cond counts every branch.
+
+  Where the platform chooses the branch, the one of all others counts.
+  """
+  platforms = params.get("branches_platforms")
+  if platforms:
+    params = {"branches": params["branches"][platforms.index(None)]}
   found = []
   for value in params.values():
     for item in value if isinstance(value, (tuple, list)) else [value]:

@@ -77,3 +77,11 @@ def test_the_train_step_of_561_million_parameters_compiles_in_20_s():
   text = report.dry_run(imagenet256.get_config())
   assert "561,035,232 + 294,912 fixed positions = 561,330,144" in text
   assert time.monotonic() - start < 20
+
+
+def test_of_branches_by_platform_the_default_counts():
+  a = jnp.ones((2, 3))
+  choose = lambda a: jax.lax.platform_dependent(
+    a, cpu=lambda a: (a @ a.T) @ (a @ a.T), default=lambda a: a @ a.T
+  )
+  assert cost.count_macs(choose, a).total == 2 * 3 * 2
