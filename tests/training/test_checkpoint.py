@@ -2,14 +2,10 @@
 
 import gc
 import json
-import os
 import pathlib
 import resource
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -25,6 +21,7 @@ from diffit_jax.parallel import sharding
 from diffit_jax.parallel.mesh import make_mesh
 from diffit_jax.training import checkpoint, loop, program, storage
 from diffit_jax.training.state import TrainState
+import two_processes
 
 # Orbax drops its other reads when one of them fails, which warn as they go.
 pytestmark = pytest.mark.filterwarnings(
@@ -333,29 +330,14 @@ def test_replicated_sums_are_read_by_every_process():
 
 def test_two_processes_fall_back_together(tmp_path):
   """Where the file is damaged, and where one process alone cannot read."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
+  port = two_processes.free_port()
   driver = pathlib.Path(__file__).with_name("two_readers.py")
-  paths = [str(commands.ROOT), *map(str, (driver.parent, driver.parent.parent))]
-  environment = {
-    **os.environ,
-    "XLA_FLAGS": commands.FAST_COMPILE,
-    "PYTHONPATH": os.pathsep.join(paths),
-  }
-  processes = [
-    subprocess.Popen(
-      [sys.executable, str(driver), str(tmp_path), str(port), str(i)],
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  for process in processes:
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err[-3000:]
+  done = two_processes.run_all(
+    [[str(driver), str(tmp_path), str(port), str(i)] for i in range(2)],
+    XLA_FLAGS=commands.FAST_COMPILE,
+  )
+  for returncode, out, err in done:
+    assert returncode == 0, err[-3000:]
     assert json.loads(out.splitlines()[-1]) == [1, True, [1]]
   assert sorted(p.name for p in (tmp_path / "damaged").iterdir()) == ["2", "3"]
   assert checkpoint.list_steps(tmp_path) == [1, 4]
