@@ -31,6 +31,7 @@ from diffit_jax.models.attention import (
   unconstrained,
 )
 from diffit_jax.models.flat_product import flat_dot_general
+from diffit_jax.models.layer_norm import layer_norm
 from diffit_jax.models.time_in import TIME_IN
 
 # CHOICE: the last map of each residual branch starts at 1e-5 times Xavier, as
@@ -106,17 +107,6 @@ def drop_out(
 
   keep = jax.vmap(mask)(sample_index)
   return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
-
-
-def layer_norm(dtype: jnp.dtype) -> nn.LayerNorm:
-  """LayerNorm without affine parameters, statistics in float32."""
-  return nn.LayerNorm(
-    epsilon=1e-6,
-    use_bias=False,
-    use_scale=False,
-    use_fast_variance=False,
-    dtype=dtype,
-  )
 
 
 def group_norm(channels: int, dtype: jnp.dtype, name: str) -> nn.GroupNorm:
@@ -232,8 +222,8 @@ class DiffiTBlock(nn.Module):
       name="mlp",
     )
     x = self.constrain(x)
-    x = x + attention(layer_norm(self.dtype)(x), time)  # (7)
-    h = layer_norm(self.dtype)(x)
+    x = x + attention(layer_norm(x, self.dtype), time)  # (7)
+    h = layer_norm(x, self.dtype)
     if TIME_IN[self.time_in].mlp:
       h += nn.Dense(
         x.shape[-1], dtype=self.dtype, kernel_init=XAVIER, name="mlp_temb"

@@ -38,7 +38,6 @@ from diffit_jax.models.blocks import (
   DiffiTBlock,
   MapParams,
   check_options,
-  layer_norm,
   transform,
 )
 from diffit_jax.models.embeddings import (
@@ -47,6 +46,7 @@ from diffit_jax.models.embeddings import (
   sincos_positions,
 )
 from diffit_jax.models.flat_product import flat_dot_general
+from diffit_jax.models.layer_norm import layer_norm
 
 STACKED = "blocks"
 BIAS_TABLE = "relative_position_bias_table"
@@ -169,7 +169,7 @@ class LatentDiffiT(nn.Module):
   def _normalise(self, h: jax.Array, time: jax.Array) -> jax.Array:
     """What the head reads of the last block's output."""
     del time
-    return nn.silu(layer_norm(jnp.float32)(h))
+    return nn.silu(layer_norm(h, jnp.float32))
 
   def _run_blocks(self, h: jax.Array, time: jax.Array) -> jax.Array:
     block = transform(

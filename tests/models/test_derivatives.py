@@ -1,7 +1,9 @@
 """Derivatives written by hand: those of the plain forms, with less kept."""
 
 import functools
+import re
 
+from flax import linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -11,8 +13,15 @@ import pytest
 from diffit_jax.models.attention import softmax
 from diffit_jax.models.blocks import gelu
 from diffit_jax.models.flat_product import flat_dot_general
+from diffit_jax.models.layer_norm import layer_norm
 
 X = np.random.default_rng(0).normal(size=(3, 5, 7)) * 4
+
+
+def flax_layer_norm(x):
+  return nn.LayerNorm(
+    epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False
+  ).apply({}, x)
 
 
 @pytest.mark.parametrize(
@@ -20,8 +29,9 @@ X = np.random.default_rng(0).normal(size=(3, 5, 7)) * 4
   [
     (gelu, functools.partial(jax.nn.gelu, approximate=True)),
     (softmax, functools.partial(jax.nn.softmax, axis=-1)),
+    (functools.partial(layer_norm, dtype=np.float64), flax_layer_norm),
   ],
-  ids=["gelu", "softmax"],
+  ids=["gelu", "softmax", "layer_norm"],
 )
 def test_values_and_two_derivatives_are_those_of_the_plain_form(
   ours, plain, x64
@@ -50,6 +60,31 @@ def test_one_array_is_kept(function):
   x = jnp.asarray(X, jnp.float32)
   kept = jax.tree.leaves(jax.vjp(function, x)[1])
   assert [leaf.shape for leaf in kept if leaf.size > 1] == [x.shape]
+
+
+def test_layer_norm_keeps_its_result_and_a_number_per_token():
+  x = jnp.asarray(X, jnp.float32)
+  normalise = functools.partial(layer_norm, dtype=x.dtype)
+  kept = jax.tree.leaves(jax.vjp(normalise, x)[1])
+  shapes = [leaf.shape for leaf in kept if leaf.size > 1]
+  assert sorted(shapes) == [(3, 5, 1), (3, 5, 7)]
+
+
+def test_each_residual_sum_of_the_backward_pass_is_computed_once():
+  """No fused loop reads more arrays in a network that is twice as deep."""
+
+  def widest_fusion(depth):
+    def loss(kernels, x):
+      for kernel in kernels:
+        x = x + jnp.tanh(layer_norm(x, x.dtype) @ kernel)
+      return jnp.sum(x**2)
+
+    arrays = jnp.ones((depth, 8, 8)), jnp.ones((4, 8))
+    program = jax.jit(jax.grad(loss)).lower(*arrays).compile().as_text()
+    fusions = re.findall(r" fusion\((.*?)\), kind=kLoop", program)
+    return max(operands.count("%") for operands in fusions)
+
+  assert widest_fusion(8) == widest_fusion(4)
 
 
 def test_flat_products_are_the_plain_ones(x64):

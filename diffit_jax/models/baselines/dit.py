@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from diffit_jax.models.attention import TMSA, Constrain, unconstrained
-from diffit_jax.models.blocks import MLP, XAVIER, layer_norm
+from diffit_jax.models.blocks import MLP, XAVIER
 from diffit_jax.models.latent import LatentDiffiT
+from diffit_jax.models.layer_norm import layer_norm
 
 
 def modulation(time: jax.Array, parts: int, features: int, dtype, name: str):
@@ -64,7 +65,7 @@ class DiTBlock(nn.Module):
       time, 6, x.shape[-1], self.dtype, "modulation"
     )
     norm = lambda x, shift, scale: (
-      layer_norm(self.dtype)(x) * (1 + scale) + shift
+      layer_norm(x, self.dtype) * (1 + scale) + shift
     )
     x = self.constrain(x)
     x = x + a1 * attention(norm(x, b1, g1), time)  # (1)
@@ -81,4 +82,4 @@ class DiT(LatentDiffiT):
     shift, scale = modulation(
       time, 2, h.shape[-1], jnp.float32, "head_modulation"
     )
-    return layer_norm(jnp.float32)(h) * (1 + scale) + shift
+    return layer_norm(h, jnp.float32) * (1 + scale) + shift
