@@ -17,6 +17,7 @@ time than (3)-(5), which the paper compares with, are listed in `time_in`.
 """
 
 from collections.abc import Callable
+import functools
 
 import einops
 from flax import linen as nn
@@ -206,14 +207,20 @@ def attend(
   """
   if attention == "cudnn":
     return _attend_cudnn(q, k, v, bias)
-  weights = attention_weights(q, k, bias).astype(v.dtype)
+  weights = attention_weights(q, k, bias, v.dtype)
   return jnp.einsum("...nm,...md->...nd", weights, v)
 
 
 def attention_weights(
-  q: jax.Array, k: jax.Array, bias: jax.Array | None
+  q: jax.Array,
+  k: jax.Array,
+  bias: jax.Array | None,
+  dtype: jnp.dtype | None = None,
 ) -> jax.Array:
-  """The softmax of (6): [*b, heads, n, n], axes (query, key), in float32."""
+  """The softmax of (6): [*b, heads, n, n], axes (query, key).
+
+  Computed in float32 (or wider, as q is), and rounded to dtype if given.
+  """
   scale = q.shape[-1] ** -0.5
   logits = jnp.einsum(
     "...nd,...md->...nm",
@@ -221,7 +228,8 @@ def attention_weights(
     k,
     preferred_element_type=jnp.promote_types(q.dtype, jnp.float32),
   )
-  return softmax(logits if bias is None else _add_bias(logits, bias))
+  logits = logits if bias is None else _add_bias(logits, bias)
+  return softmax(logits, dtype or logits.dtype)
 
 
 @jax.custom_jvp
@@ -256,19 +264,26 @@ def _repeat(bias: jax.Array, lead: tuple[int, ...]) -> jax.Array:
   )
 
 
-@jax.custom_jvp
-def softmax(x: jax.Array) -> jax.Array:
-  """Over the last axis. It keeps its result for the backward pass, no more.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def softmax(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """Over the last axis, rounded to dtype.
 
-  `jax.nn.softmax` by itself keeps the exponentials, too.
+  It keeps its result for the backward pass, no more; `jax.nn.softmax` by itself
+  keeps the exponentials, and both in float32.
   """
-  return jax.nn.softmax(x, axis=-1)
+  return jax.nn.softmax(x, axis=-1).astype(dtype)
 
 
 @softmax.defjvp
-def _softmax_jvp(primals, tangents):
-  y, (dx,) = softmax(*primals), tangents
-  return y, y * (dx - jnp.sum(y * dx, axis=-1, keepdims=True))
+def _softmax_jvp(dtype, primals, tangents):
+  y = softmax(*primals, dtype)
+
+  def tangent(y, dx):
+    y = y.astype(dx.dtype)
+    return (y * (dx - jnp.sum(y * dx, axis=-1, keepdims=True))).astype(dtype)
+
+  # Without the checkpoint, the wide copy of y is what would be kept.
+  return y, jax.checkpoint(tangent, prevent_cse=False)(y, *tangents)
 
 
 def _attend_cudnn(q, k, v, bias):

@@ -28,7 +28,10 @@ def flax_layer_norm(x):
   "ours, plain",
   [
     (gelu, functools.partial(jax.nn.gelu, approximate=True)),
-    (softmax, functools.partial(jax.nn.softmax, axis=-1)),
+    (
+      functools.partial(softmax, dtype=np.float64),
+      functools.partial(jax.nn.softmax, axis=-1),
+    ),
     (functools.partial(layer_norm, dtype=np.float64), flax_layer_norm),
   ],
   ids=["gelu", "softmax", "layer_norm"],
@@ -55,19 +58,43 @@ def test_the_slope_of_gelu_is_rounded_once_in_bfloat16():
   np.testing.assert_allclose(found.astype(jnp.float32), exact, atol=2.0**-8)
 
 
-@pytest.mark.parametrize("function", [gelu, softmax])
-def test_one_array_is_kept(function):
-  x = jnp.asarray(X, jnp.float32)
-  kept = jax.tree.leaves(jax.vjp(function, x)[1])
-  assert [leaf.shape for leaf in kept if leaf.size > 1] == [x.shape]
+def of_dtype(function, dtype):
+  return functools.partial(function, dtype=dtype)
 
 
-def test_layer_norm_keeps_its_result_and_a_number_per_token():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_one_array_is_kept_in_the_dtype_of_the_result(dtype):
+  """And of layer_norm, one number per token."""
+  for function, others in (
+    (gelu, []),
+    (of_dtype(softmax, dtype), []),
+    (of_dtype(layer_norm, dtype), [((3, 5, 1), jnp.float32)]),
+  ):
+    wide = function is not gelu
+    x = jnp.asarray(X, jnp.float32 if wide else dtype)
+    kept = jax.tree.leaves(jax.vjp(function, x)[1])
+    kept = [(leaf.shape, leaf.dtype) for leaf in kept if leaf.size > 1]
+    assert sorted(kept) == sorted([(x.shape, dtype), *others])
+
+
+@pytest.mark.parametrize("function", [softmax, layer_norm])
+def test_gradients_in_bfloat16_are_rounded_no_more_than_their_factors(function):
+  """Of the result and its cotangent; the arithmetic between is float32."""
   x = jnp.asarray(X, jnp.float32)
-  normalise = functools.partial(layer_norm, dtype=x.dtype)
-  kept = jax.tree.leaves(jax.vjp(normalise, x)[1])
-  shapes = [leaf.shape for leaf in kept if leaf.size > 1]
-  assert sorted(shapes) == [(3, 5, 1), (3, 5, 7)]
+  weight = jax.random.normal(jax.random.key(0), x.shape, jnp.bfloat16)
+  pull = lambda dtype: jax.vjp(of_dtype(function, dtype), x)[1]
+  (found,) = pull(jnp.bfloat16)(weight)
+  (exact,) = pull(jnp.float32)(weight.astype(jnp.float32))
+  assert found.dtype == jnp.float32
+  y = function(x, jnp.float32)
+  # bfloat16 rounds y by 2^-8 of it at most; it is a factor once and twice.
+  normalises = function is layer_norm
+  scale = 1 / jnp.std(x, -1, keepdims=True) if normalises else 1
+  total = (jnp.mean if normalises else jnp.sum)(
+    jnp.abs(y * weight), axis=-1, keepdims=True
+  )
+  bound = 2.0**-8 * (jnp.abs(y * weight) + 2 * jnp.abs(y) * total) * scale
+  assert (jnp.abs(found - exact) <= bound + 1e-6).all()
 
 
 def test_each_residual_sum_of_the_backward_pass_is_computed_once():
