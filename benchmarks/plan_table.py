@@ -4,10 +4,10 @@
 
 Compiles the train step of each config for each slice (`diffit_jax.plan`;
 nothing runs on a TPU), keeps every plan in docs/plans.json, and writes all of
-them as one page. A plan takes a minute of CPU time for a latent model and ten
-for an image model; --make limits those that are missing to some, and the others
-are "not yet run". With --short, two small plans are made anew and no page is
-written.
+them as one page. A plan takes one to three minutes of CPU time for a latent
+model and ten to thirty for an image model; --make limits those that are missing
+to some, and the others are "not yet run". With --short, two small plans are
+made anew and no page is written.
 """
 
 import pathlib
@@ -136,8 +136,13 @@ def tables(kept: plans.Kept) -> list[report.Table]:
     for case in knobs
     if (plan := kept.find(case))
   ]
+  reasons = sorted({why for _, plan in made for why in plan["card"]["missing"]})
   result = [
-    report.Table("The configs as they stand", [row(*pair) for pair in found]),
+    report.Table(
+      "The configs as they stand",
+      [row(*pair) for pair in found],
+      [f"A row without a step has no {why}." for why in reasons],
+    ),
     cheapest(made),
     report.Table("How many images fit on a chip", largest),
   ]

@@ -1,7 +1,7 @@
 """The paper's configs at full size, compiled for the slices they are meant for.
 
 The bounds are those that the project set itself; figures printed by the command
-are in docs/plan.md.
+are in docs/costs.md.
 """
 
 import pytest

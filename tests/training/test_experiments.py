@@ -106,7 +106,7 @@ def test_the_full_config_builds_and_counts(name):
 
 @pytest.mark.parametrize(
   "name, macs",
-  [  # as they were before there were alternatives (6 x these in docs/plan.md)
+  [  # as they were before there were alternatives
     ("cifar10.py", 4_331_734_144),
     ("ffhq64.py", 32_212_583_552),
     ("imagenet256.py", 118_507_290_624),
