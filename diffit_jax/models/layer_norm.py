@@ -21,14 +21,12 @@ def layer_norm(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     dtype: of the result.
 
   Returns:
-    Like x.
+    [..., c].
   """
   return _with_scale(x, dtype)[0]
 
 
-def _with_scale(
-  x: jax.Array, dtype: jnp.dtype
-) -> tuple[jax.Array, jax.Array]:
+def _with_scale(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
   """y and 1 / s."""
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
