@@ -139,7 +139,9 @@ def run(command: str, *, cwd=ROOT, **env) -> subprocess.CompletedProcess:
 def succeed(command: str, **kwargs) -> str:
   """Runs it, expects exit code 0, and returns stdout."""
   done = run(command, **kwargs)
-  assert done.returncode == 0, done.stderr[-3000:]
+  # A crash ends with a long list of modules.
+  said = done.stderr.partition("\nExtension modules: ")[0]
+  assert done.returncode == 0, f"exit {done.returncode}: {said[-9000:]}"
   return done.stdout
 
 

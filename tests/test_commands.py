@@ -34,6 +34,7 @@ def workdir(tmp_path_factory, data_dir):
 def test_a_trace_is_written_beside_the_run(workdir):
   (trace,) = (workdir / "profile").rglob("*.xplane.pb")
   assert trace.stat().st_size > 1000
+  assert not re.search(rb"\$\w+\.py:\d+", trace.read_bytes())  # Python's calls
 
 
 def test_training_writes_what_it_says(workdir):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import os
+import sys
 import time
 
 from absl import logging
@@ -98,7 +99,12 @@ class Profile:
       steps: counted as in the logs: step 1 is the run's first.
       folder: for the traces.
       patient: entered while the profiler starts or writes, which takes long.
+
+    Raises:
+      UserError: there are steps to trace, and this process cannot.
     """
+    if steps:
+      _check_profiler()
     self._steps, self._patient, self._active = steps, patient, False
     self._folder = epath.Path(folder)
     if jax.process_count() > 1:
@@ -109,7 +115,11 @@ class Profile:
     if not self._active and step in self._steps:
       self._active = True
       with self._patient():
-        jax.profiler.start_trace(str(self._folder))
+        options = jax.profiler.ProfileOptions()
+        # Python's calls are not traced: where a save is under way, threads that
+        # enter Python meanwhile can crash the process as such a trace ends.
+        options.python_tracer_level = 0
+        jax.profiler.start_trace(str(self._folder), profiler_options=options)
 
   def after(self, step: int, state) -> None:
     """Ends the trace after the last of them, once `state` is computed."""
@@ -124,3 +134,14 @@ class Profile:
       self._active = False
       jax.profiler.stop_trace()
       logging.info("wrote a trace to %s", self._folder)
+
+
+def _check_profiler() -> None:
+  """Without a TPU, libtpu's part of the profiler crashes the process."""
+  platform = jax.default_backend()
+  asked_for_tpus = not jax.config.jax_platforms  # as for all there are
+  if "libtpu" in sys.modules and asked_for_tpus and platform != "tpu":
+    raise UserError(
+      "--profile_steps would crash: libtpu is installed, but this machine has"
+      f" no TPU; set JAX_PLATFORMS={platform}"
+    )

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import sys
 import time
 
 import pytest
@@ -64,7 +65,9 @@ def test_the_trace_covers_the_steps(
 ):
   seen, step = [], first
   profiler = timing.jax.profiler
-  monkeypatch.setattr(profiler, "start_trace", lambda _: seen.append(step + 1))
+  monkeypatch.setattr(
+    profiler, "start_trace", lambda *_, **__: seen.append(step + 1)
+  )
   monkeypatch.setattr(
     profiler, "stop_trace", lambda: seen.append((seen.pop(), step))
   )
@@ -75,6 +78,22 @@ def test_the_trace_covers_the_steps(
     profile.after(step, ())
   profile.close()
   assert seen == traced
+
+
+@pytest.mark.parametrize("asked_for", ["", "cpu"])
+def test_no_trace_where_libtpu_would_crash(asked_for, monkeypatch, tmp_path):
+  monkeypatch.setitem(sys.modules, "libtpu", object())
+  before = timing.jax.config.jax_platforms
+  timing.jax.config.update("jax_platforms", asked_for)
+  try:
+    timing.Profile(range(0), tmp_path, contextlib.nullcontext)
+    if asked_for:  # libtpu is then left alone
+      timing.Profile(range(1, 2), tmp_path, contextlib.nullcontext)
+    else:
+      with pytest.raises(UserError, match="set JAX_PLATFORMS=cpu"):
+        timing.Profile(range(1, 2), tmp_path, contextlib.nullcontext)
+  finally:
+    timing.jax.config.update("jax_platforms", before)
 
 
 def test_a_failed_save_in_the_background_stops_the_run_at_the_next_step(
