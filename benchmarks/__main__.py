@@ -19,6 +19,7 @@ from benchmarks.report import ROOT
 
 PROGRAMS = (
   "train_step",
+  "products",
   "attention",
   "sampling",
   "input_pipeline",

@@ -10,7 +10,6 @@ and implementations take turns; a short call's turn is the median of five.
 import dataclasses
 import functools
 import pathlib
-import statistics
 import tempfile
 
 from absl import app, flags
@@ -75,19 +74,6 @@ class Case:
     return jax.jit(forward), jax.jit(both), (params, x, time)
 
 
-def turn(call) -> float:
-  """Seconds of one call; a short one as it is among others, threads awake."""
-  first = call()
-  if first > 0.1:
-    return first
-  return statistics.median(call() for _ in range(5))
-
-
-def medians(alternatives: dict, turns: int) -> dict[str, float]:
-  calls = {k: functools.partial(turn, call) for k, call in alternatives.items()}
-  return report.medians(report.in_turns(calls, turns))
-
-
 def measure(case: Case, folder: pathlib.Path, call, turns: int) -> list[dict]:
   """Rows of one case: forward, and with the gradient."""
   forward, both, args = case.passes()
@@ -108,7 +94,8 @@ def measure(case: Case, folder: pathlib.Path, call, turns: int) -> list[dict]:
       alternatives[name] = functools.partial(
         call, "run_attention", attention=name, backward=backward
       )
-    rows.append(row(case, what, medians(alternatives, turns)))
+    times = report.in_turns(alternatives, turns)
+    rows.append(row(case, what, report.medians(times)))
   return rows
 
 
@@ -178,7 +165,7 @@ def spread_bias(turns: int) -> report.Table:
       alternatives[f"{name}, gradient ms"] = functools.partial(
         report.seconds, back, table, g
       )
-    times = medians(alternatives, turns)
+    times = report.medians(report.in_turns(alternatives, turns))
     rows.append({"side": side, "heads": 16})
     rows[-1] |= {name: 1e3 * value for name, value in times.items()}
   return report.Table("The position bias of one layer", rows)

@@ -9,9 +9,9 @@ and, in a shallow network, the same gradients. It has no augmentation, keeps
 everything for its backward pass and runs one block after the other, so ours
 does, too (remat=none, scan_blocks=False). `imagenet256_loop` is the config's
 loop of blocks instead: XLA for CPU copies every block's kernels out of their
-stack there, but of an unrolled network it adds up the gradients of all later
-blocks again in each, which costs more the deeper it is. Ours and PyTorch's
-states take turns in memory where they do not fit together.
+stack there, and fills the stacks of what it keeps with zeros first. Ours and
+PyTorch's states take turns in memory where they do not fit together. What the
+products of matrices alone account for: benchmarks/products.py.
 
 Peak memory is that of a process which only trains, with the loop of blocks that
 the config has, beside 20 bytes for each parameter (weight, gradient, two

@@ -153,6 +153,20 @@ class Attentions:
     return took
 
 
+def product(product, tokens, inputs, outputs):
+  """Seconds of one product of a linear map, weight [outputs, inputs]."""
+  x, g = torch.randn(tokens, inputs), torch.randn(tokens, outputs)
+  weight = torch.randn(outputs, inputs)
+  left, right = {
+    "output": (x, weight.T),
+    "gradient of the input": (g, weight),
+    "gradient of the kernel": (g.T, x),
+  }[product]
+  start = time.perf_counter()
+  left @ right
+  return time.perf_counter() - start
+
+
 def main():
   torch.set_num_threads(os.cpu_count())
   networks, attentions = Networks(), Attentions()
@@ -162,6 +176,7 @@ def main():
   }
   commands["load_attention"] = attentions.load
   commands["run_attention"] = attentions.run
+  commands["product"] = product
   worker.serve({"version": f"torch {torch.__version__}"}, commands)
 
 
