@@ -2,8 +2,9 @@
 
   python -m benchmarks [--only=train_step,attention] [--out=docs/benchmarks.md]
 
-The page is what the programs print; nothing in it is typed by hand. Without
---only it replaces the file, and only once every program has succeeded.
+The page is what the programs print; nothing in it is typed by hand. With --only
+it keeps the other sections, each of which says what commit it is of. The file
+is replaced once every program has succeeded.
 """
 
 import ast
@@ -31,9 +32,10 @@ PROGRAMS = (
   "knobs",
 )
 
-_ONLY = flags.DEFINE_list("only", [], "Programs; all and a new page if empty.")
+_ONLY = flags.DEFINE_list("only", [], "Programs; all of them if empty.")
 _OUT = flags.DEFINE_string("out", "docs/benchmarks.md", "The page.")
 
+MARK = "## "  # before a section
 HEAD = """# Benchmarks
 
 Written by `make bench`; do not edit. Figures are medians of turns in which the
@@ -43,7 +45,7 @@ has a longer form: `python -m benchmarks.NAME --help`.
 
 
 def run(name: str) -> str:
-  """One program's section of the page."""
+  """One program's section of the page, from its name on."""
   command = [sys.executable, "-m", f"benchmarks.{name}", "--short"]
   start = time.monotonic()
   print(f"{name} ...", file=sys.stderr, flush=True)
@@ -57,17 +59,26 @@ def run(name: str) -> str:
   source = (ROOT / "benchmarks" / f"{name}.py").read_text()
   question = ast.get_docstring(ast.parse(source)).partition("\n")[0]
   return (
-    f"## {name}: {question}\n\n`python -m benchmarks.{name} --short`, took"
+    f"{name}: {question}\n\n`python -m benchmarks.{name} --short`, took"
     f" {took:.0f} s\n\n{done.stdout.strip()}\n"
   )
 
 
+def sections(page: str) -> dict[str, str]:
+  """{program: its section} of a page."""
+  return {
+    text.partition(":")[0]: text for text in page.split(f"\n{MARK}")[1:]
+  }
+
+
 def main(_) -> None:
-  page = "\n".join([HEAD, *map(run, _ONLY.value or PROGRAMS)])
-  if _ONLY.value:
-    print(page)
-    return
+  if unknown := set(_ONLY.value) - set(PROGRAMS):
+    raise SystemExit(f"--only={unknown.pop()}: one of {', '.join(PROGRAMS)}")
   out = pathlib.Path(ROOT, _OUT.value)
+  old = sections(out.read_text()) if _ONLY.value and out.exists() else {}
+  new = {name: run(name) for name in _ONLY.value or PROGRAMS}
+  texts = {**old, **new}
+  page = f"\n{MARK}".join([HEAD, *(texts[n] for n in PROGRAMS if n in texts)])
   partial = out.with_suffix(".partial")
   partial.write_text(page)
   os.replace(partial, out)

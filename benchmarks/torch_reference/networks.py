@@ -4,6 +4,7 @@
 Tensors travel in safetensors files, channels last as on our side.
 """
 
+import functools
 import os
 import time
 
@@ -153,10 +154,16 @@ class Attentions:
     return took
 
 
-def product(product, tokens, inputs, outputs):
-  """Seconds of one product of a linear map, weight [outputs, inputs]."""
-  x, g = torch.randn(tokens, inputs), torch.randn(tokens, outputs)
-  weight = torch.randn(outputs, inputs)
+@functools.lru_cache(maxsize=1)
+def operands(tokens, inputs, outputs):
+  """Input, weight and gradient of a linear map; made once for its turns."""
+  shapes = (tokens, inputs), (outputs, inputs), (tokens, outputs)
+  return [torch.randn(*shape) for shape in shapes]
+
+
+def product(product, **sizes):
+  """Seconds of one of its three products."""
+  x, weight, g = operands(**sizes)
   left, right = {
     "output": (x, weight.T),
     "gradient of the input": (g, weight),
