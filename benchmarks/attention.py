@@ -4,7 +4,7 @@
 
 Time-dependent attention, projections included, float32 at full precision,
 forward alone and with the gradient of inputs and parameters. Each table's cases
-and implementations take turns; a short call's turn is the median of five.
+and implementations take turns.
 """
 
 import dataclasses

@@ -143,8 +143,9 @@ def in_turns(
 ) -> dict[str, list[float]]:
   """Seconds of each alternative, taken one after the other, turn by turn.
 
-  A turn before the first is not counted: it compiles and fills caches. A short
-  call's turn is the median of five: as it is among others, threads awake.
+  A turn before the first is not counted: it compiles and fills caches. In a
+  turn of calls under a second, the first only wakes the threads; the turn is
+  the median of those after it, five or what half a second holds.
 
   Args:
     alternatives: name -> a call that runs once and returns its seconds.
@@ -152,8 +153,12 @@ def in_turns(
   """
 
   def settled(call):
-    first = call()
-    return first if first > 0.1 else statistics.median(call() for _ in range(5))
+    first, rest = call(), []
+    if first > 1:
+      return first
+    while not rest or (len(rest) < 5 and sum(rest) < 0.5):
+      rest.append(call())
+    return statistics.median(rest)
 
   times = {name: [] for name in alternatives}
   for turn in range(num_turns + 1):
