@@ -5,7 +5,7 @@
 Compiles the train step of each config for each slice (`diffit_jax.plan`;
 nothing runs on a TPU), keeps every plan in docs/plans.json, and writes all of
 them as one page. A plan takes one to three minutes of CPU time for a latent
-model and ten to twenty or more for an image model; --make limits those that are
+model and ten to thirty for an image model; --make limits those that are
 missing to some, and the others are "not yet run". With --short, two small plans
 are made anew and no page is written.
 """
