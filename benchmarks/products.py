@@ -3,9 +3,9 @@
   python -m benchmarks.products [--turns=7] [--torch_python=PATH] [--json=FILE]
 
 The linear maps of one block, float32 at full precision, each with the two
-products of its gradient. They are nearly all of the latent network's work, so a
-train step can come no nearer to PyTorch's than they do: what is above their
-ratio is ours to mend, the rest is that of the libraries of products.
+products of its gradient. They are nearly all of the latent network's work, and
+how long they take is up to the two libraries of products: beside the ratios of
+benchmarks/train_step.py, these say how much of a difference is not the model's.
 """
 
 import functools
