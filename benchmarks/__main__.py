@@ -17,6 +17,7 @@ import time
 from absl import app, flags
 
 from benchmarks.report import ROOT
+from diffit_jax import cli
 
 PROGRAMS = (
   "train_step",
@@ -33,7 +34,7 @@ PROGRAMS = (
 )
 
 _ONLY = flags.DEFINE_list("only", [], "Programs; all of them if empty.")
-_OUT = flags.DEFINE_string("out", "docs/benchmarks.md", "The page.")
+_OUT = cli.define_path("out", "The page.", "docs/benchmarks.md")
 
 MARK = "## "  # before a section
 HEAD = """# Benchmarks

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from ml_collections import config_dict
 import numpy as np
 
-from diffit_jax import cli, models, sampling
+from diffit_jax import cli, models, paths, sampling
 from diffit_jax.diffusion import edm, guidance
 from diffit_jax.generation import generator, weights
 from diffit_jax.models import attention, latent
@@ -56,7 +56,7 @@ def main() -> int:
   cli.require_one_of(models=given.models)
   found = [
     follow(load(path), given.num, given.seed, given.labels, given.columns)
-    for path in given.models
+    for path in map(paths.expand, given.models)
   ]
   print(table(found))
   draw(found, given.rows, given.out)
@@ -281,7 +281,7 @@ def _visible(state: np.ndarray) -> np.ndarray:
 
 if __name__ == "__main__":
   flags.DEFINE_list("models", None, "Workdirs or .safetensors files.")
-  flags.DEFINE_string("out", "attention.png", "The picture.")
+  cli.define_path("out", "The picture.", "attention.png")
   flags.DEFINE_string(
     "labels", None, "Classes, in turn; default all there are."
   )

@@ -18,6 +18,7 @@ from absl import app, flags
 import jax
 
 from benchmarks import report
+from diffit_jax import cli
 from diffit_jax.data import preparation
 from diffit_jax.data.builders import digits
 from diffit_jax.training import loop
@@ -25,7 +26,7 @@ from diffit_jax.training import loop
 _CONFIG = flags.DEFINE_string("config", "digits", "File of configs/.")
 _STEPS = flags.DEFINE_integer("steps", 400, "Steps to train.", 2)
 _EVERY = flags.DEFINE_integer("save_every", 100, "Steps between saves.", 1)
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Default: a new folder.")
+_DATA_DIR = cli.define_path("data_dir", "Default: a new folder.")
 SHORT = {"steps": 80, "every": 20}
 
 

@@ -17,11 +17,12 @@ from absl import app, flags
 
 from benchmarks import plans, report
 from benchmarks.plans import Case
+from diffit_jax import cli
 
 _MAKE = flags.DEFINE_string(
   "make", "", "Missing plans to make: a part of 'CONFIG SLICE'. '^$' for none."
 )
-_OUT = flags.DEFINE_string("out", "docs/costs.md", "The page.")
+_OUT = cli.define_path("out", "The page.", "docs/costs.md")
 
 # Per config: slices of each kind, the smallest first.
 SLICES = {

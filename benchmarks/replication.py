@@ -251,7 +251,7 @@ def generator(variant: Variant, settings: Settings):
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("out", "runs/replication", "Folder of all runs.")
+  cli.define_path("out", "Folder of all runs.", "runs/replication")
   flags.DEFINE_list("only", [], "Variants; default all.")
   flags.DEFINE_integer("seeds", 3, "Runs of each variant.", 1)
   flags.DEFINE_integer("steps", Settings.steps, "Of training.", 1)

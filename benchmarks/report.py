@@ -23,8 +23,10 @@ import time
 
 from absl import flags
 
+from diffit_jax import cli
+
 SHORT = flags.DEFINE_bool("short", False, "The share of `make bench`.")
-JSON = flags.DEFINE_string("json", None, "Also write the report to this file.")
+JSON = cli.define_path("json", "Also write the report to this file.")
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import report
-from diffit_jax import demo, models, sampling
+from diffit_jax import cli, demo, models, sampling
 from diffit_jax.autoencoder.codec import make_codec
 from diffit_jax.data import preparation
 from diffit_jax.data.builders import digits
@@ -32,16 +32,14 @@ from diffit_jax.sampling.images import to_uint8
 from diffit_jax.training import loop
 from diffit_jax.training.checkpoint import list_steps
 
-_LATENT = flags.DEFINE_string(
-  "latent_workdir", "runs/bench_digits_latent", "Run of digits_latent."
+_LATENT = cli.define_path(
+  "latent_workdir", "Run of digits_latent.", "runs/bench_digits_latent"
 )
-_IMAGE = flags.DEFINE_string(
-  "image_workdir", "runs/bench_digits", "Run of digits."
-)
+_IMAGE = cli.define_path("image_workdir", "Run of digits.", "runs/bench_digits")
 _NUM = flags.DEFINE_integer("num", 100, "Samples of each run.", 1)
 _TURNS = flags.DEFINE_integer("turns", 5, "Measured turns, after one.", 1)
-_PLOT = flags.DEFINE_string(
-  "plot", None, "PNG for the curves; docs/sampling.png with --short."
+_PLOT = cli.define_path(
+  "plot", "PNG for the curves; docs/sampling.png with --short."
 )
 TRAIN_STEPS = {"digits_latent": 600, "digits": 200}  # a minute or so each
 

@@ -5,17 +5,17 @@ import contextlib
 import pathlib
 import shutil
 
-from absl import flags
 import numpy as np
 
 from benchmarks import worker
 from benchmarks.report import ROOT
+from diffit_jax import cli
 
 PLACE = ".venv-torch/bin/python"
 ATTENTIONS = ("eager", "sdpa")
 
-_PYTHON = flags.DEFINE_string(
-  "torch_python", None, f"Python that has torch; {PLACE} where it exists."
+_PYTHON = cli.define_path(
+  "torch_python", f"Python that has torch; {PLACE} where it exists."
 )
 
 

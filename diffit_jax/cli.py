@@ -12,8 +12,9 @@ import os
 import sys
 
 from absl import app, flags, logging
-from ml_collections import config_dict, config_flags
+from ml_collections import config_dict
 
+from diffit_jax import config_files, interrupt, paths
 from diffit_jax.errors import UserError
 
 REQUEUE = 75
@@ -36,6 +37,8 @@ def run(
   logging.set_verbosity(logging.INFO)
   logging.set_stderrthreshold("info")
   logging.get_absl_handler().addFilter(_is_ours_or_a_warning)
+  sys.stdout.reconfigure(errors="backslashreplace")  # it may be ASCII only
+  interrupt.handle()
   try:
     app.run(
       lambda argv: _guard(main, argv, positional, many),
@@ -44,6 +47,8 @@ def run(
   except SystemExit as stop:
     asked_for_help = any(arg.startswith("--help") for arg in sys.argv[1:])
     sys.exit(0 if asked_for_help else stop.code)  # absl's help exits with 1
+  except KeyboardInterrupt:  # while the flags were read
+    _end_with(interrupt.MESSAGE, interrupt.CODE)
 
 
 def _is_ours_or_a_warning(record) -> bool:
@@ -75,8 +80,7 @@ def _guard(
   except UserError as error:
     message, code = str(error), 1
   except KeyboardInterrupt:
-    message = "interrupted; run the same command again to continue"
-    code = 130
+    message, code = interrupt.MESSAGE, interrupt.CODE
   except BrokenPipeError:  # stdout was closed early, as by `| head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
@@ -112,13 +116,13 @@ def fail(error: object, code: int = 1) -> int:
 def _parse_flags(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
+  except config_files.ConfigError as error:
+    sys.exit(fail(error))
   except flags.Error as error:
     sys.exit(fail(_reason(error)))
   # ml_collections raises these for a field that a config lacks.
   except (AttributeError, KeyError, TypeError) as error:
     sys.exit(fail(_unknown_field(argv) or _reason(error)))
-  except OSError as error:
-    sys.exit(fail(f"the config file was not found: {error}"))
 
 
 def _reason(error: Exception) -> str:
@@ -148,18 +152,24 @@ def _unknown_field(argv: list[str]) -> str | None:
   return None
 
 
-def required_config(holder: flags.FlagHolder):
-  """The config of a flag, or an error that says how to give one."""
-  if holder.value is None:
-    raise UserError("--config is missing: give --config=configs/digits.py")
-  try:
-    holder.value.name  # noqa: B018  (a file that was not found shows up here)
-  except OSError as error:
-    raise UserError(
-      "config file not found:"
-      f" {config_flags.get_config_filename(flags.FLAGS['config'])}"
-    ) from error
-  return holder.value
+class _PathParser(flags.ArgumentParser):
+  """Expands `~`; everything else of a path is left as it is."""
+
+  def parse(self, argument: str) -> str:
+    return paths.expand(argument)
+
+
+def define_path(
+  name: str, help_text: str, default: str | None = None
+) -> flags.FlagHolder:
+  """Defines a flag that is a path, in which `~` works."""
+  return flags.DEFINE(
+    _PathParser(),
+    name,
+    default,
+    help_text,
+    serializer=flags.ArgumentSerializer(),
+  )
 
 
 def require_one_of(**values: str | None) -> None:
@@ -311,9 +321,8 @@ def _interval(text: list[str]) -> tuple[float, ...]:
 
 def define_inception_flag() -> flags.FlagHolder:
   """Defines --inception, once per program."""
-  return flags.DEFINE_string(
+  return define_path(
     "inception",
-    None,
     "Safetensors file with the weights of the FID Inception; docs/evaluation.md"
     " says how to get it.",
   )
@@ -376,9 +385,8 @@ def define_sampling_flags(
       " width such as 0.08, made from the run's snapshots. Default: the run's"
       " first.",
     ),
-    vae=flags.DEFINE_string(
+    vae=define_path(
       "vae",
-      None,
       "Diffusers folder of the SD VAE that decodes a latent model's samples.",
     ),
   )

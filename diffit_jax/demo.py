@@ -9,7 +9,6 @@ paper's number, stands beside that of as many real digits to the rest of them.
 A finished run is sampled again; --fresh trains anew.
 """
 
-import importlib
 import json
 import os
 import pathlib
@@ -19,7 +18,7 @@ import time
 from absl import flags
 import numpy as np
 
-from diffit_jax import cli
+from diffit_jax import cli, config_files
 
 _FRESH = flags.DEFINE_bool("fresh", False, "Forget the run and train anew.")
 _CONFIG = flags.DEFINE_enum(
@@ -28,8 +27,8 @@ _CONFIG = flags.DEFINE_enum(
   ["digits", "digits_latent"],
   "The image-space model, or the latent one.",
 )
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the run; default runs/<config_name>."
+_WORKDIR = cli.define_path(
+  "workdir", "Folder of the run; default runs/<config_name>."
 )
 _CONFIG_ARG = flags.DEFINE_string(
   "variant", "", "Variants of the config, as debug."
@@ -43,9 +42,7 @@ def main() -> int:
   start = time.monotonic()
   workdir = pathlib.Path(_WORKDIR.value or f"runs/{_CONFIG.value}")
   print(f"DiffiT on scikit-learn's digits, in {workdir}", flush=True)
-  config = importlib.import_module(f"configs.{_CONFIG.value}").get_config(
-    _CONFIG_ARG.value
-  )
+  config = config_files.ours(_CONFIG.value).get_config(_CONFIG_ARG.value)
   if _FRESH.value:
     _forget(workdir)
   train_seconds = _train(config, workdir)

@@ -27,34 +27,32 @@ import dataclasses
 import pathlib
 
 from absl import flags
-from ml_collections import config_flags
 
-from diffit_jax import cli
+from diffit_jax import cli, config_files, paths
 from diffit_jax.errors import UserError
 
-_SAMPLES = flags.DEFINE_string(
-  "samples", None, "Images to score: .npz, folder, zip, or name of a data set."
+_SAMPLES = cli.define_path(
+  "samples", "Images to score: .npz, folder, zip, or name of a data set."
 )
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of a training run that makes the samples."
+_WORKDIR = cli.define_path(
+  "workdir", "Folder of a training run that makes the samples."
 )
-_CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", None, "A .safetensors file that makes the samples."
+_CHECKPOINT = cli.define_path(
+  "checkpoint", "A .safetensors file that makes the samples."
 )
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config of the --checkpoint, where it has none of its own."
+_CONFIG = config_files.define_flag(
+  "Config of the --checkpoint, where it has none of its own."
 )
-_REFERENCE = flags.DEFINE_string(
+_REFERENCE = cli.define_path(
   "reference",
-  None,
   "Compared with: statistics (.npz), or images as for --samples.",
 )
 _SPLIT = flags.DEFINE_string("split", "train", "Of data sets.")
-_DATA_DIR = flags.DEFINE_string(
-  "data_dir", None, "Prepared data sets; default $TFDS_DATA_DIR."
+_DATA_DIR = cli.define_path(
+  "data_dir", "Prepared data sets; default $TFDS_DATA_DIR."
 )
-_OUT = flags.DEFINE_string(
-  "out", None, "The card; of --build_reference an npz; of --sweep a folder."
+_OUT = cli.define_path(
+  "out", "The card; of --build_reference an npz; of --sweep a folder."
 )
 _FEATURES = flags.DEFINE_enum(
   "features",
@@ -77,11 +75,11 @@ _PER_CLASS = flags.DEFINE_bool(
 _REPEATS = flags.DEFINE_integer(
   "repeats", 1, "Runs of --num other samples; the best is reported.", 1
 )
-_KEEP = flags.DEFINE_string(
-  "keep_samples", None, "Folder that keeps the samples, as sample writes them."
+_KEEP = cli.define_path(
+  "keep_samples", "Folder that keeps the samples, as sample writes them."
 )
-_BUILD = flags.DEFINE_string(
-  "build_reference", None, "Write statistics of these images to --out."
+_BUILD = cli.define_path(
+  "build_reference", "Write statistics of these images to --out."
 )
 _SWEEP = flags.DEFINE_string(
   "sweep", None, "FIELD=VALUE,VALUE: guidance_scale, guidance_power or steps."
@@ -98,12 +96,12 @@ _RUNTIME = cli.define_runtime_flags()
 _NUM_MADE = 50_000
 
 
-def main(*paths: str) -> int:
+def main(*files: str) -> int:
   if _COMPARE.value is not None:
-    return _compare([*_COMPARE.value, *paths])
-  if paths:
+    return _compare([*_COMPARE.value, *files])
+  if files:
     raise UserError(
-      f"unexpected argument {paths[0]!r}: options are written --name=value"
+      f"unexpected argument {files[0]!r}: options are written --name=value"
     )
   cli.require_one_of(out=_OUT.value)
   cli.require_local(_OUT.value)
@@ -144,11 +142,11 @@ def _check_flags() -> None:
     cli.require_one_process()
 
 
-def _compare(paths: list[str]) -> int:
+def _compare(files: list[str]) -> int:
   from diffit_jax.evaluation import card, compare
 
   cards = {}
-  for path in paths:
+  for path in map(paths.expand, files):
     name = pathlib.Path(path).stem
     cards[path if name in cards else name] = card.read(path)
   print(compare.table(cards))
@@ -184,7 +182,7 @@ def _evaluate(stop) -> int:
 
   scores.choose(_METRICS.value, _FEATURES.value)  # a mistake would show late
   name, values = sweep.parse(_SWEEP.value)
-  out = pathlib.Path(_OUT.value).expanduser()
+  out = pathlib.Path(_OUT.value)
   collector = _collector(stop)
   found = reference.read_reference(
     _REFERENCE.value, _DATA_DIR.value, _SPLIT.value
@@ -244,7 +242,7 @@ def _network(mesh, field: str | None):
   from diffit_jax.evaluation.samples import ImageSamples, NetworkSamples
   from diffit_jax.generation import job, weights
 
-  config = cli.required_config(_CONFIG) if _CONFIG.value is not None else None
+  config = config_files.required(_CONFIG) if _CONFIG.value is not None else None
   if config is not None and _WORKDIR.value:
     raise UserError("--config goes with --checkpoint: a workdir has its own")
   if _WORKDIR.value:

@@ -12,21 +12,20 @@ run's snapshots, at the newest of them (Karras et al. 2024).
 """
 
 from absl import flags
-from ml_collections import config_flags
 
-from diffit_jax import cli
+from diffit_jax import cli, config_files
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
-_CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", None, "A .safetensors file of either layout, to convert."
+_WORKDIR = cli.define_path("workdir", "Folder of a training run.")
+_CHECKPOINT = cli.define_path(
+  "checkpoint", "A .safetensors file of either layout, to convert."
 )
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config of a --checkpoint in the official layout."
+_CONFIG = config_files.define_flag(
+  "Config of a --checkpoint in the official layout."
 )
 _LAYOUT = flags.DEFINE_enum(
   "layout", "native", ["native", "official"], "Layout of the file to write."
 )
-_OUT = flags.DEFINE_string("out", None, "The .safetensors file to write.")
+_OUT = cli.define_path("out", "The .safetensors file to write.")
 _EMA = flags.DEFINE_string(
   "ema",
   None,
@@ -48,7 +47,7 @@ def main() -> int:
   if _WORKDIR.value:
     loaded = weights.from_workdir(_WORKDIR.value, mesh, _EMA.value)
   else:
-    config = _CONFIG.value and cli.required_config(_CONFIG)
+    config = _CONFIG.value and config_files.required(_CONFIG)
     loaded = weights.from_file(_CHECKPOINT.value, mesh, _EMA.value, config)
   files.write_weights(
     _OUT.value,

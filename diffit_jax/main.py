@@ -14,22 +14,18 @@ all of them see. TPU slices and Slurm steps are recognised; elsewhere add
 import functools
 
 from absl import flags
-from ml_collections import config_flags
 
-from diffit_jax import cli
+from diffit_jax import cli, config_files
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file, with variants after a colon."
+_CONFIG = config_files.define_flag("Config file, with variants after a colon.")
+_WORKDIR = cli.define_path(
+  "workdir", "Folder of the run; default runs/<name of the config>."
 )
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the run; default runs/<name of the config>."
+_DATA_DIR = cli.define_path(
+  "data_dir", "Prepared data sets; default $TFDS_DATA_DIR."
 )
-_DATA_DIR = flags.DEFINE_string(
-  "data_dir", None, "Prepared data sets; default $TFDS_DATA_DIR."
-)
-_VAE = flags.DEFINE_string(
+_VAE = cli.define_path(
   "vae",
-  None,
   "Diffusers folder of the SD VAE, for latent models: decodes sample grids, and"
   " encodes images where data.content=images.",
 )
@@ -57,12 +53,12 @@ _RUNTIME = cli.define_runtime_flags()
 
 def main() -> int:
   if _LIST.value:
-    from configs import experiments
     from diffit_jax.planning import listing
 
+    experiments = config_files.ours("experiments")
     print(listing.table(experiments.EXPERIMENTS, experiments.SWEEPS))
     return 0
-  config = cli.required_config(_CONFIG)
+  config = config_files.required(_CONFIG)
   if _DRY_RUN.value:
     from diffit_jax.training import report
 

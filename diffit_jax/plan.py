@@ -11,14 +11,11 @@ for eight CPU devices, which need no libtpu.
 import json
 
 from absl import flags
-from ml_collections import config_flags
 
-from diffit_jax import cli
+from diffit_jax import cli, config_files
 from diffit_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file, with variants after a colon."
-)
+_CONFIG = config_files.define_flag("Config file, with variants after a colon.")
 _TOPOLOGY = flags.DEFINE_string(
   "topology", "v5e:4x4", "Chips, as v5e:4x4, v5p:2x2x4, 2xv5e:4x4 or cpu:8."
 )
@@ -32,7 +29,7 @@ _SEARCH = flags.DEFINE_bool(
 
 
 def main() -> int:
-  config = cli.required_config(_CONFIG)
+  config = config_files.required(_CONFIG)
   from diffit_jax.planning import topology as topology_lib
 
   topology = topology_lib.parse(_TOPOLOGY.value)

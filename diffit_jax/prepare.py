@@ -30,28 +30,25 @@ The data set is called NAME, or --name, and lies in DATA_DIR/NAME/VERSION;
 same settings stays; a killed run leaves nothing that training would read.
 """
 
-import os
 import re
 import signal
 from typing import Any
 
 from absl import flags, logging
 
-from diffit_jax import cli
+from diffit_jax import cli, interrupt
 from diffit_jax.data.dataset import default_data_dir
 from diffit_jax.data.transforms import CROPS
 from diffit_jax.errors import UserError
 from diffit_jax.stop import StopRequest
 
-_SOURCE = flags.DEFINE_string(
+_SOURCE = cli.define_path(
   "source",
-  None,
   "Folder or zip file of images (cifar10: the .tar.gz; imagenet_latents: also"
   " the name of a prepared set of images in DATA_DIR).",
 )
-_DATA_DIR = flags.DEFINE_string(
+_DATA_DIR = cli.define_path(
   "data_dir",
-  None,
   "Where data sets live; $TFDS_DATA_DIR or ~/tensorflow_datasets if not set.",
 )
 _NAME = flags.DEFINE_string(
@@ -82,9 +79,7 @@ _ENCODING = flags.DEFINE_enum(
   " and are read faster; batches are the same. If not set, raw up to 64x64 and"
   " png above (digits, ffhq64, image_folder).",
 )
-_VAE = flags.DEFINE_string(
-  "vae", None, "Diffusers folder of the VAE (imagenet_latents)."
-)
+_VAE = cli.define_path("vae", "Diffusers folder of the VAE (imagenet_latents).")
 _LATENT_DTYPE = flags.DEFINE_enum(
   "latent_dtype",
   "float16",
@@ -131,9 +126,9 @@ _FLAGS_OF = {  # the flags that each builder listens to, beside the common ones
 
 
 def main(builder: str) -> int | None:
-  signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up, as ^C
+  signal.signal(signal.SIGTERM, interrupt.on_signal)  # tidy up, as ^C
   _check_flags(builder)
-  data_dir = os.path.expanduser(_DATA_DIR.value or default_data_dir())
+  data_dir = _DATA_DIR.value or default_data_dir()
   if builder == "imagenet_latents":
     return _prepare_latents(data_dir)
   # TFDS takes a second to import: not before --help or a mistake.

@@ -12,23 +12,19 @@ stopped; another setting in the same folder is refused.
 """
 
 from absl import flags
-from ml_collections import config_flags
 
-from diffit_jax import cli
+from diffit_jax import cli, config_files
 from diffit_jax.errors import UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
-_CHECKPOINT = flags.DEFINE_string(
+_WORKDIR = cli.define_path("workdir", "Folder of a training run.")
+_CHECKPOINT = cli.define_path(
   "checkpoint",
-  None,
   "A .safetensors file that diffit_jax.export wrote, or released weights.",
 )
-_CONFIG = config_flags.DEFINE_config_file(
-  "config",
-  None,
+_CONFIG = config_files.define_flag(
   "Config of the --checkpoint; files that export wrote carry their own.",
 )
-_OUT = flags.DEFINE_string("out", None, "Folder for the images.")
+_OUT = cli.define_path("out", "Folder for the images.")
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 64, "Images per call of the network, over all devices."
 )
@@ -40,7 +36,7 @@ def main() -> int:
   cli.require_one_of(out=_OUT.value)
   cli.require_local(_OUT.value)
   cli.require_one_process()
-  config = cli.required_config(_CONFIG) if _CONFIG.value is not None else None
+  config = config_files.required(_CONFIG) if _CONFIG.value is not None else None
   if config is not None and _WORKDIR.value:
     raise UserError("--config goes with --checkpoint: a workdir has its own")
   from diffit_jax.autoencoder.codec import make_codec

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from diffit_jax import paths
 from diffit_jax.data.records import Records, encoding_of
 from diffit_jax.errors import UserError
 
@@ -63,14 +64,18 @@ class Dataset:
 
 def default_data_dir() -> str:
   """$TFDS_DATA_DIR, or TFDS's own default in the home directory."""
-  return os.environ.get("TFDS_DATA_DIR") or os.path.expanduser(
-    "~/tensorflow_datasets"
-  )
+  given = os.environ.get("TFDS_DATA_DIR")
+  try:
+    return paths.expand(given or "~/tensorflow_datasets")
+  except UserError as error:
+    raise UserError(
+      f"no folder of data sets: give --data_dir, or set TFDS_DATA_DIR ({error})"
+    ) from error
 
 
 def find_directory(name: str, data_dir: str | None) -> pathlib.Path | None:
   """The newest complete version of a data set; None where there is none."""
-  root = pathlib.Path(data_dir or default_data_dir()).expanduser() / name
+  root = pathlib.Path(data_dir or default_data_dir()) / name
   versions = [
     path
     for path in (root.iterdir() if root.is_dir() else ())

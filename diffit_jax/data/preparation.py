@@ -73,7 +73,7 @@ def prepare(
     UserError: a data set with other settings is there, another process is at
       work on it, the folder cannot be written, or the download fails.
   """
-  root = pathlib.Path(data_dir).expanduser() / name
+  root = pathlib.Path(data_dir) / name
   try:
     with _staging(root) as staging:
       existing = dataset_lib.find_directory(name, data_dir)

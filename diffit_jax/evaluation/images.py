@@ -58,7 +58,7 @@ def open_images(
   """
   if isinstance(where, np.ndarray):
     return _of_array(where)
-  path = pathlib.Path(where).expanduser()
+  path = pathlib.Path(where)
   if path.is_dir():
     if dataset_lib.find_directory(path.name, str(path.parent)):
       return _of_dataset(path.name, str(path.parent), split, str(where))

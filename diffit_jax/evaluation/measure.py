@@ -229,7 +229,7 @@ def build_reference(
     images: the set; all of it enters the moments, and 10,000 of it are kept.
     out: the .npz file.
   """
-  out = pathlib.Path(out).expanduser()
+  out = pathlib.Path(out)
   if out.suffix != ".npz":
     raise UserError(f"--out={out}: a file of statistics must end in .npz")
   subset = reference_lib.choose_subset(images.num)

@@ -81,7 +81,7 @@ def read_reference(
     UserError: nothing there, or statistics that cannot be any.
   """
   if not isinstance(where, np.ndarray):
-    path = pathlib.Path(where).expanduser()
+    path = pathlib.Path(where)
     if path.is_file() and npz.is_npz(path):
       members = npz.open_npz(path)
       if not {"mu", "sigma"}.isdisjoint(members):
@@ -124,7 +124,7 @@ def write_reference(
       of it is left then, and a file that was there stays.
     ValueError: the images are not what the other arguments say.
   """
-  path = pathlib.Path(path).expanduser()
+  path = pathlib.Path(path)
   if path.suffix != ".npz":
     raise UserError(
       f"the file of statistics must end in .npz, not {path.name!r}"

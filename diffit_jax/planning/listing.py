@@ -9,12 +9,12 @@ three forward passes, and a multiply-accumulate two operations,
 
 from collections.abc import Iterable
 import functools
-import importlib
 import json
 
 import jax
 from ml_collections import config_dict
 
+from diffit_jax import config_files
 from diffit_jax.models import make_model
 from diffit_jax.training import program
 
@@ -66,8 +66,7 @@ def table(experiments: Iterable[tuple], sweeps: Iterable[tuple] = ()) -> str:
 def load(name: str) -> config_dict.ConfigDict:
   """The config of "cifar10.py:window=2"."""
   file, _, arg = name.partition(":")
-  module = importlib.import_module(f"configs.{file.removesuffix('.py')}")
-  return module.get_config(arg or None)
+  return config_files.ours(file.removesuffix(".py")).get_config(arg or None)
 
 
 def _costs(name: str) -> tuple[str, ...]:
