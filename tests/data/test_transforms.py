@@ -1,6 +1,8 @@
 """Decoding and resizing against facts §10 and straightforward numpy."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -114,6 +116,57 @@ def test_exif_rotation_is_ignored_but_told():
   )
   assert image.size == (8, 4)
   assert image.info["exif_orientation"] == 6
+
+
+def _chunk(kind: bytes, data: bytes, crc: int | None = None) -> bytes:
+  crc = zlib.crc32(kind + data) if crc is None else crc
+  return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+
+
+_RANDOM = np.random.default_rng(0).bytes(3 * 2**19)  # more than 1 MiB
+_DAMAGED_EXIF = (  # the only entry is an orientation of 0 / 0
+  struct.pack("<2sHIH", b"II", 42, 8, 1)
+  + struct.pack("<HHII12x", 0x0112, 5, 1, 26)
+)
+_DAMAGED_CHUNKS = {
+  "no hex": _chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 10\nzz"),
+  "too long": _chunk(b"zTXt", b"parameters\0\0" + zlib.compress(_RANDOM)),
+  "a wrong check sum": _chunk(b"tEXt", b"Comment\0by hand", crc=1),
+  "half a gamma": _chunk(b"gAMA", b"\0\0"),
+  "no EXIF": _chunk(b"eXIf", _DAMAGED_EXIF),
+}
+
+
+@pytest.mark.parametrize("chunk", _DAMAGED_CHUNKS)
+@pytest.mark.parametrize("at", ["front", "end"])
+def test_a_sound_png_with_damaged_metadata_keeps_its_pixels(chunk, at):
+  image = _noise()
+  data = _encode(image, "PNG")
+  place = 33 if at == "front" else len(data) - 12  # behind IHDR; before IEND
+  data = data[:place] + _DAMAGED_CHUNKS[chunk] + data[place:]
+  found = transforms.open_image(data)
+  np.testing.assert_array_equal(np.asarray(found), np.asarray(image))
+  if at == "front":  # Pillow passes over some of it at the end
+    assert transforms.notes(found) == [
+      "have metadata that cannot be read and is passed over"
+    ]
+  assert transforms.read_size(data) == image.size
+  at = data.index(b"IDAT") + 100
+  with pytest.raises(transforms.UNREADABLE):  # it excuses no damaged pixels
+    transforms.open_image(data[:at] + bytes(20) + data[at + 20 :])
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+def test_the_first_of_several_frames_is_taken_and_told(file_format):
+  frames = [_noise(), _noise().rotate(90), _noise().rotate(180)]
+  options = {"save_all": True, "append_images": frames[1:]}
+  if file_format == "WEBP":
+    options["lossless"] = True
+  found = transforms.open_image(_encode(frames[0], file_format, **options))
+  np.testing.assert_array_equal(np.asarray(found), np.asarray(frames[0]))
+  assert transforms.notes(found) == [
+    "hold several frames, of which the first is taken"
+  ]
 
 
 def _noise() -> Image.Image:

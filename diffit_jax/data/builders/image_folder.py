@@ -158,13 +158,11 @@ def fit(
     One of `transforms.UNREADABLE`.
   """
   image = transforms.open_image(data, channels)
-  notes = []
+  notes = transforms.notes(image)
   if min(image.size) < resolution:
     notes.append(f"are smaller than {resolution} and were enlarged")
   if crop == "edm" and image.width != image.height:
     notes.append("are not square and were stretched (see --crop)")
-  if image.info["exif_orientation"] != 1:
-    notes.append("carry an EXIF rotation, which is ignored")
   return transforms.fit(image, resolution, crop), notes
 
 
