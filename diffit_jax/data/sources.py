@@ -1,11 +1,8 @@
 """Where images come from: a folder, or a zip file that is read in place.
 
-Labels:
-  dataset.json   EDM's layout: {"labels": [["00000/img00000000.png", 3], ...]}
-                 names every image, or `"labels": null` says there are none.
-  no such file   images in sub-folders belong to the class of their top-most
-                 folder, classes being numbered in sorted order; images that lie
-                 side by side have no labels.
+Labels are those of `data.classes`. Hidden files and folders, which operating
+systems and tools leave behind (`.DS_Store`, `.ipynb_checkpoints`, `@eaDir`,
+`__MACOSX`), are passed over.
 
 Nothing is ever written from an archive, and yet names that would leave a folder
 (absolute, "..", symbolic links) are refused: such a file is not what it says.
@@ -17,6 +14,7 @@ from collections.abc import Callable
 import dataclasses
 import hashlib
 import json
+import lzma
 import os
 import pathlib
 import stat
@@ -24,12 +22,23 @@ import zipfile
 
 from absl import logging
 
+from diffit_jax.data import classes, transforms
 from diffit_jax.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_LABELS_FILE = "dataset.json"
 _MAX_BYTES = 1 << 30  # of one image; more is a decompression bomb
-_MAX_LABEL = 999_999
+# What reading an image raises: decoding, and a damaged or strange zip member.
+UNREADABLE = transforms.UNREADABLE + (
+  zipfile.BadZipFile,
+  NotImplementedError,
+  RuntimeError,
+  lzma.LZMAError,
+)
+# Beside names that begin with a dot; in small letters.
+_HIDDEN = {
+  *("__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin"),
+  *("system volume information", "lost+found", "thumbs.db", "desktop.ini"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +50,7 @@ class Source:
     sizes: {name: bytes}, in sorted order of the names.
     labels: {name: class}; empty where there are none.
     class_names: names of the classes 0, 1, ...
-    read: from a name, the encoded image; raises OSError or zipfile.BadZipFile.
+    read: from a name, the encoded image; raises what `UNREADABLE` lists.
   """
 
   path: str
@@ -67,32 +76,61 @@ def open_source(path: str, use_labels: bool = True) -> Source:
     UserError: missing, empty, not a zip file, or inconsistent.
   """
   if os.path.isdir(path):
-    sizes, read, labels_json = _list_folder(pathlib.Path(path))
+    listing = _list_folder(pathlib.Path(path))
   elif os.path.isfile(path):
-    sizes, read, labels_json = _list_zip(path)
+    listing = _list_zip(path)
   else:
     raise UserError(f"--source={path} does not exist")
-  if not sizes:
+  if not listing.sizes:
     raise UserError(f"--source={path} holds no images ({', '.join(SUFFIXES)})")
-  sizes = dict(sorted(sizes.items()))
+  sizes = dict(sorted(listing.sizes.items()))
+  wrapper = classes.wrapping_folder(sizes, listing.labels_files)
+  labels_file = wrapper + classes.LABELS_FILE
+  stray = listing.labels_files - {labels_file}
+  if stray:
+    listing.refuse_or_tell(min(stray))
   labels, class_names = {}, []
-  if use_labels and labels_json is not None:
-    labels, class_names = _labels_of_json(labels_json, sizes, path)
+  if use_labels and labels_file in listing.labels_files:
+    text = _read_labels_file(listing, labels_file, path)
+    labels, class_names = classes.of_json(text, sizes, wrapper, path)
   elif use_labels:
-    labels, class_names = _labels_of_folders(sizes, path)
-  return Source(path, sizes, labels, class_names, read)
+    labels, class_names = classes.of_folders(sizes, wrapper, path)
+  return Source(path, sizes, labels, class_names, listing.read)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Listing:
+  """What lies in a folder or zip file, apart from hidden files.
+
+  Attributes:
+    sizes: {name: bytes} of the images.
+    labels_files: names of the files called dataset.json.
+    read: from a name, the file.
+    refuse_or_tell: what to do about a file that has no place in it.
+  """
+
+  sizes: dict[str, int]
+  labels_files: set[str]
+  read: Callable[[str], bytes]
+  refuse_or_tell: Callable[[str], None]
 
 
 def _is_image(name: str) -> bool:
-  return name.lower().endswith(SUFFIXES) and not _base(name).startswith(".")
+  return name.lower().endswith(SUFFIXES)
 
 
-def _base(name: str) -> str:
-  return name.rsplit("/", 1)[-1]
+def _is_hidden(name: str) -> bool:
+  return any(
+    part.startswith(".") or part.lower() in _HIDDEN for part in name.split("/")
+  )
 
 
-def _list_folder(root: pathlib.Path) -> tuple[dict, Callable, bytes | None]:
-  sizes, others, seen = {}, 0, set()
+def _is_labels_file(name: str) -> bool:
+  return name.rsplit("/", 1)[-1] == classes.LABELS_FILE
+
+
+def _list_folder(root: pathlib.Path) -> _Listing:
+  sizes, labels_files, strangers, hidden, seen = {}, set(), 0, [], set()
   for folder, subfolders, files in os.walk(
     root, onerror=_refuse, followlinks=True
   ):
@@ -101,55 +139,88 @@ def _list_folder(root: pathlib.Path) -> tuple[dict, Callable, bytes | None]:
       subfolders.clear()
       continue
     seen.add(real)
+    hidden += [each for each in subfolders if _is_hidden(each)]
+    subfolders[:] = [each for each in subfolders if not _is_hidden(each)]
     for file in files:
       path = pathlib.Path(folder, file)
       name = path.relative_to(root).as_posix()
-      if _is_image(name):
+      if _is_hidden(file) or not (_is_image(file) or _is_labels_file(file)):
+        strangers += 1
+      elif _is_labels_file(file):
+        labels_files.add(name)
+      else:
         # A dangling link is listed, so that it is reported as unreadable.
         sizes[name] = path.stat().st_size if path.exists() else 0
-      elif name != _LABELS_FILE:
-        others += 1
-  if others:
-    logging.warning("%d files of %s are no images: passed over", others, root)
-  labels_file = root / _LABELS_FILE
-  labels_json = labels_file.read_bytes() if labels_file.exists() else None
-  return sizes, lambda name: (root / name).read_bytes(), labels_json
+  if strangers:
+    logging.warning(
+      "%d files of %s are no images: passed over", strangers, root
+    )
+  if hidden:
+    names = ", ".join(sorted(set(hidden)))
+    logging.warning("hidden folders of %s are passed over: %s", root, names)
+  return _Listing(
+    sizes,
+    labels_files,
+    lambda name: (root / name).read_bytes(),
+    lambda name: logging.warning(
+      "%s of %s is passed over: it is not where the set begins", name, root
+    ),
+  )
 
 
 def _refuse(error: OSError) -> None:
   raise UserError(f"cannot list {error.filename}: {error.strerror}")
 
 
-def _list_zip(path: str) -> tuple[dict, Callable, bytes | None]:
+def _list_zip(path: str) -> _Listing:
   try:
     archive = zipfile.ZipFile(path)
-  except zipfile.BadZipFile as error:
+  except UNREADABLE as error:
     raise UserError(
       f"--source={path} is neither a folder nor a sound zip file ({error})"
     ) from error
-  sizes, has_labels = {}, False
+  members, num_hidden = {}, 0
+
+  def refuse(name: str) -> None:
+    raise UserError(
+      f"zip file {path} holds {name!r}, which is no image"
+      f" ({', '.join(SUFFIXES)}) and not {classes.LABELS_FILE}"
+    )
+
   for member in archive.infolist():
     _check_member(member, path)
+    name = classes.normalize(member.filename)
     if member.is_dir():
       continue
-    if member.filename == _LABELS_FILE:
-      has_labels = True
-    elif not _is_image(member.filename):
-      raise UserError(
-        f"zip file {path} holds {member.filename!r}, which is no image"
-        f" ({', '.join(SUFFIXES)}) and not {_LABELS_FILE}"
-      )
-    elif member.filename in sizes:
-      raise UserError(f"zip file {path} holds {member.filename!r} twice")
+    if _is_hidden(name):
+      num_hidden += 1
+    elif not (_is_image(name) or _is_labels_file(name)):
+      refuse(name)
+    elif name in members:
+      raise UserError(f"zip file {path} holds {name!r} twice")
     else:
-      sizes[member.filename] = member.file_size
+      members[name] = member
+  if num_hidden:
+    logging.warning("%d hidden files of %s are passed over", num_hidden, path)
 
   def read(name: str) -> bytes:
-    if sizes[name] > _MAX_BYTES:
-      raise OSError(f"{sizes[name]} bytes are too many")
-    return archive.read(name)
+    size = members[name].file_size
+    if size > _MAX_BYTES:
+      raise OSError(f"{size} bytes are too many")
+    return archive.read(members[name])
 
-  return sizes, read, archive.read(_LABELS_FILE) if has_labels else None
+  sizes = {name: x.file_size for name, x in members.items() if _is_image(name)}
+  return _Listing(sizes, members.keys() - sizes.keys(), read, refuse)
+
+
+def _read_labels_file(listing: _Listing, name: str, path: str) -> bytes:
+  try:
+    return listing.read(name)
+  except UNREADABLE as error:
+    raise UserError(
+      f"{name} of {path} cannot be read ({error}): the labels are in it, so"
+      " write it anew (in a zip file stored, or compressed by deflate)"
+    ) from error
 
 
 def _check_member(member: zipfile.ZipInfo, path: str) -> None:
@@ -172,50 +243,3 @@ def _check_member(member: zipfile.ZipInfo, path: str) -> None:
     raise UserError(f"zip file {path} holds {name!r}, a symbolic link: refused")
   if member.flag_bits & 1:
     raise UserError(f"zip file {path} is encrypted ({name!r})")
-
-
-def _labels_of_json(
-  text: bytes, sizes: dict[str, int], path: str
-) -> tuple[dict[str, int], list[str]]:
-  where = f"{_LABELS_FILE} of {path}"
-  try:
-    pairs = json.loads(text)["labels"]
-    if not pairs:
-      return {}, []
-    labels = {name: label for name, label in pairs}
-  except (ValueError, KeyError, TypeError) as error:
-    raise UserError(
-      f'{where} is not of the form {{"labels": [[name, class], ...]}} or'
-      f' {{"labels": null}} ({error})'
-    ) from error
-  if len(labels) != len(pairs):
-    raise UserError(f"{where} names an image twice")
-  for name, label in labels.items():
-    if name not in sizes:
-      raise UserError(f"{where} names {name!r}, which is not there")
-    if type(label) is not int or not 0 <= label <= _MAX_LABEL:
-      raise UserError(
-        f"{where} gives {name!r} the label {label!r}: labels are whole"
-        f" numbers from 0 to {_MAX_LABEL}"
-      )
-  missing = next((name for name in sizes if name not in labels), None)
-  if missing is not None:
-    raise UserError(f"{where} gives no label to {missing!r}")
-  return labels, [str(label) for label in range(max(labels.values()) + 1)]
-
-
-def _labels_of_folders(
-  sizes: dict[str, int], path: str
-) -> tuple[dict[str, int], list[str]]:
-  folders = {name: name.split("/")[0] for name in sizes if "/" in name}
-  if not folders:
-    return {}, []
-  loose = next((name for name in sizes if name not in folders), None)
-  if loose is not None:
-    raise UserError(
-      f"--source={path} has images in sub-folders (classes) and outside of"
-      f" them ({loose!r}): which class are those?"
-    )
-  class_names = sorted(set(folders.values()))
-  number = {name: index for index, name in enumerate(class_names)}
-  return {name: number[folder] for name, folder in folders.items()}, class_names

@@ -60,6 +60,7 @@ class ImageBatches:
 
   def finish(self) -> None:
     """See Batches."""
+    self._images.tell()
     self._guard.finish()
 
 

@@ -1,23 +1,17 @@
 """Images in files: a folder, or a zip that is read without unpacking it."""
 
+import collections
 import hashlib
-import io
+import itertools
 import pathlib
-import zipfile
 
+from absl import logging
 import numpy as np
-from PIL import Image
 
 from diffit_jax.data import sources, transforms
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.image_set import Images, map_in_threads, stack
 
-# What reading an image raises: decoding, and a damaged or strange zip member.
-UNREADABLE = transforms.UNREADABLE + (
-  zipfile.BadZipFile,
-  NotImplementedError,
-  RuntimeError,
-)
 _HASHED_BYTES = 1 << 30  # folders up to this size are read once when opened
 
 
@@ -31,9 +25,20 @@ def open_source(path: pathlib.Path, use_labels: bool = True) -> sources.Source:
 def of_files(source: sources.Source, kind: str, given: str) -> Images:
   """The images of a listed folder or zip file."""
   names = list(source.sizes)
-  first = _decode(source, names[0], None)
-  shape = first.shape[:2]
-  decode = lambda name: _decode(source, name, (names[0], shape))
+  first, _ = _decode(source, names[0], None)
+  shape, found = first.shape[:2], {}
+
+  def decode(name: str) -> np.ndarray:
+    pixels, notes = _decode(source, name, (names[0], shape))
+    if notes:
+      found[name] = notes
+    return pixels
+
+  def tell() -> None:
+    counts = collections.Counter(itertools.chain(*found.values()))
+    for note, count in sorted(counts.items()):
+      logging.warning("%d images of %s %s", count, source.path, note)
+
   labels = None
   if source.labels:
     labels = np.array([source.labels[name] for name in names], np.int64)
@@ -46,6 +51,7 @@ def of_files(source: sources.Source, kind: str, given: str) -> Images:
     ),
     about=about | _identify(source, names[0], shape),
     get_labels=lambda: labels,
+    tell=tell,
   )
 
 
@@ -53,15 +59,19 @@ def _decode(
   source: sources.Source,
   name: str,
   first: tuple[str, tuple[int, int]] | None,
-) -> np.ndarray:
-  """Image of a source -> uint8 [h, w, 3]; `first`: name and size to match."""
+) -> tuple[np.ndarray, list[str]]:
+  """Image of a source -> uint8 [h, w, 3], and what is to be told of it.
+
+  `first` is the name and size of the image that others must match.
+  """
   try:
-    pixels = np.asarray(transforms.open_image(source.read(name)))
-  except UNREADABLE as error:
+    image = transforms.open_image(source.read(name))
+  except sources.UNREADABLE as error:
     raise _unreadable(source, name, error) from error
+  pixels = np.asarray(image)
   if first:
     _check_size(source, name, pixels.shape[:2], *first)
-  return pixels
+  return pixels, transforms.notes(image)
 
 
 def _unreadable(source, name: str, error: Exception) -> UserError:
@@ -95,9 +105,8 @@ def _identify(
   for name in source.sizes:
     try:
       data = source.read(name)
-      with Image.open(io.BytesIO(data), formats=transforms.FORMATS) as image:
-        width, height = image.size
-    except UNREADABLE as error:
+      width, height = transforms.read_size(data)
+    except sources.UNREADABLE as error:
       raise _unreadable(source, name, error) from error
     _check_size(source, name, (height, width), first_name, shape)
     digest.update(f"{name!r} {len(data)} ".encode())

@@ -31,6 +31,7 @@ class Images:
       "content_hash" that `prepare` wrote down.
     sampling: the settings that `sample` wrote beside the images, or {}.
     get_labels: see `labels`; called once.
+    tell: logs what there is to say of the images that were read so far.
   """
 
   num: int
@@ -39,6 +40,7 @@ class Images:
   about: dict[str, Any]
   sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
   get_labels: Callable[[], np.ndarray | None] = lambda: None
+  tell: Callable[[], None] = lambda: None
 
   @functools.cached_property
   def labels(self) -> np.ndarray | None:

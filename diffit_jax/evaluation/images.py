@@ -25,7 +25,7 @@ import numpy as np
 
 from diffit_jax import npz
 from diffit_jax.data import dataset as dataset_lib
-from diffit_jax.data import records, transforms
+from diffit_jax.data import records, sources, transforms
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import image_files
 from diffit_jax.evaluation.image_set import (
@@ -184,7 +184,7 @@ def _read_records(
   def decode(record: dict[str, Any]) -> np.ndarray:
     try:
       return transforms.decode(record["image"], dataset.image_shape[-1])
-    except image_files.UNREADABLE as error:
+    except sources.UNREADABLE as error:
       raise records.damage(dataset.directory, error) from error
 
   found = dataset.source.__getitems__(np.asarray(index).tolist())

@@ -6,25 +6,18 @@ from concurrent import futures
 import dataclasses
 import os
 from typing import Any, TypeVar
-import zipfile
 
 from absl import logging
 import numpy as np
 from PIL import Image
 
-from diffit_jax.data import sources, transforms
+from diffit_jax.data import classes, sources, transforms
 from diffit_jax.data.builders import base
 from diffit_jax.errors import UserError
 from diffit_jax.progress import Progress
 
 T = TypeVar("T")
 R = TypeVar("R")
-# What reading raises: decoding, and a damaged or strange zip member.
-UNREADABLE = transforms.UNREADABLE + (
-  zipfile.BadZipFile,
-  NotImplementedError,
-  RuntimeError,
-)
 
 
 class ImageFolder(base.ImageBuilder, skip_registration=True):
@@ -73,7 +66,7 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):
           self._skip(name, result)
           continue
         notes.update(result.notes)
-        example = {"image": result.image, "id": name_as_text(name)}
+        example = {"image": result.image, "id": classes.name_as_text(name)}
         if self._source.labels:
           example["label"] = self._source.labels[name]
         yield example
@@ -87,7 +80,7 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):
     try:
       image, notes = fit(self._source.read(name), self._resolution, self._crop)
       return _Converted(self.encode(image), notes)
-    except UNREADABLE as error:
+    except sources.UNREADABLE as error:
       return error
 
   def _skip(self, name: str, error: Exception) -> None:
@@ -132,11 +125,6 @@ def recipe(
     },
     "source": os.path.abspath(source),
   }
-
-
-def name_as_text(name: str) -> str:
-  """A file's name, which is bytes to the file system, as proper text."""
-  return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def fit(

@@ -7,7 +7,7 @@ a mirror image is not the mirror of the latent. A record is
   moments, mirror_moments   [h, w, 2c], mean then log-variance of the latent
                             before scaling: training draws
                             z = scaling_factor (mean + exp(logvar / 2) n)
-  label                     rank of the image's class folder in sorted order
+  label                     the image's class, see `data.classes`
   id                        the image's name in its source
 
 Records are in one fixed pseudo-random order, so that whoever reads a shard from
@@ -27,8 +27,8 @@ from absl import logging
 import numpy as np
 import tensorflow_datasets as tfds
 
+from diffit_jax.data import classes, shards, sources, transforms
 from diffit_jax.data import dataset as dataset_lib
-from diffit_jax.data import shards, sources, transforms
 from diffit_jax.data.builders import image_folder
 from diffit_jax.errors import UserError
 from diffit_jax.progress import Progress
@@ -141,7 +141,7 @@ def _images_of_files(source: sources.Source) -> Images:
     num=len(names),
     class_names=source.class_names,
     listing_hash=source.listing_hash(),
-    name=lambda i: image_folder.name_as_text(names[i]),
+    name=lambda i: classes.name_as_text(names[i]),
     read=lambda i: (source.read(names[i]), source.labels.get(names[i], 0)),
   )
 
@@ -399,7 +399,7 @@ class _Run:
       image, notes = image_folder.fit(
         data, self.resolution, _CROP, self.encoder.in_channels
       )
-    except image_folder.UNREADABLE as error:
+    except sources.UNREADABLE as error:
       return error
     shape = (self.resolution, self.resolution, self.encoder.in_channels)
     pixels = np.asarray(image).reshape(shape)
