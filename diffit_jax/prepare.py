@@ -30,6 +30,7 @@ The data set is called NAME, or --name, and lies in DATA_DIR/NAME/VERSION;
 same settings stays; a killed run leaves nothing that training would read.
 """
 
+import pathlib
 import re
 import signal
 from typing import Any
@@ -139,7 +140,7 @@ def main(builder: str) -> int | None:
     data_dir=data_dir,
     overwrite=_OVERWRITE.value,
   )
-  print(directory)
+  _report(directory)
   return None
 
 
@@ -172,7 +173,7 @@ def _prepare_latents(data_dir: str) -> int:
     logging.info("stopped; the same command goes on from the finished shards")
     return cli.REQUEUE
   if outcome.directory:
-    print(outcome.directory)
+    _report(outcome.directory)
   else:
     logging.info(
       "part %s is done; the prepare that makes the last shard of the other"
@@ -180,6 +181,17 @@ def _prepare_latents(data_dir: str) -> int:
       _SHARD.value,
     )
   return 0
+
+
+def _report(directory: pathlib.Path) -> None:
+  """Says what the data set holds, and prints where it is."""
+  from diffit_jax.data import classes, dataset
+
+  metadata = dataset.read_metadata(directory)
+  logging.info(
+    "%d images, %s", metadata["num_images"], classes.in_words(metadata)
+  )
+  print(directory)
 
 
 def _load_encoder():

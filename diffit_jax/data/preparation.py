@@ -7,6 +7,7 @@ kill leaves behind is removed by the next `prepare` of that name; a lock on the
 folder keeps two of them apart.
 """
 
+import collections
 from collections.abc import Callable, Iterator
 import contextlib
 import fcntl
@@ -23,8 +24,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import download_manager
 
+from diffit_jax.data import classes, records, transforms
 from diffit_jax.data import dataset as dataset_lib
-from diffit_jax.data import records, transforms
 from diffit_jax.errors import UserError
 from diffit_jax.progress import Progress
 
@@ -74,14 +75,27 @@ def prepare(
       work on it, the folder cannot be written, or the download fails.
   """
   root = pathlib.Path(data_dir) / name
+
+  def find_finished() -> pathlib.Path | None:
+    existing = dataset_lib.find_directory(name, data_dir)
+    if not existing or overwrite:
+      return None
+    check_same(existing, settings)
+    _check_encoding(existing, encoding)
+    logging.info("%s is there already and stays as it is", existing)
+    return existing
+
+  # Before anything is written, for the folder may be there to be read only.
+  if existing := find_finished():
+    if any(root.glob(f"{_STAGING_PREFIX}*")):
+      with contextlib.suppress(OSError), _staging(root):
+        pass  # removes what a killed prepare left
+    return existing
   try:
     with _staging(root) as staging:
-      existing = dataset_lib.find_directory(name, data_dir)
-      if existing and not overwrite:
-        check_same(existing, settings)
-        _check_encoding(existing, encoding)
-        logging.info("%s is there already and stays as it is", existing)
+      if existing := find_finished():  # another prepare has just made it
         return existing
+      existing = dataset_lib.find_directory(name, data_dir)
       builder = make_builder(str(staging))
       with contextlib.redirect_stdout(None):  # TFDS's own messages
         tfds.disable_progress_bar()
@@ -199,6 +213,7 @@ def _describe(
   features, splits = builder.info.features, builder.info.splits
   label = features["label"] if "label" in features else None
   skipped = getattr(builder, "skipped", [])
+  content_hash, counts = _read_back(builder)
   return {
     "name": builder.name,
     "source": source,
@@ -208,18 +223,22 @@ def _describe(
     "num_images": splits["train"].num_examples,
     "num_classes": label.num_classes if label else 0,
     "class_names": label.names if label else [],
+    "images_per_class": classes.count(counts, label.names if label else []),
     "num_skipped": len(skipped),
     "skipped": skipped[:MAX_NAMES],
-    "content_hash": _content_hash(builder),
+    "content_hash": content_hash,
   }
 
 
-def _content_hash(builder: tfds.core.DatasetBuilder) -> str:
-  """SHA-256 of every record as written: split, id, label and pixels, in order.
+def _read_back(
+  builder: tfds.core.DatasetBuilder,
+) -> tuple[str, collections.Counter]:
+  """What was written: its hash, and how many records of `train` have a label.
 
+  The hash is SHA-256 of every record: split, id, label and pixels, in order.
   Pixels, not PNG bytes: those may differ with the compression library.
   """
-  digest = hashlib.sha256()
+  digest, counts = hashlib.sha256(), collections.Counter()
   feature = builder.info.features["image"]
   decoders = records.image_decoders(feature)
   total = sum(split.num_examples for split in builder.info.splits.values())
@@ -228,8 +247,9 @@ def _content_hash(builder: tfds.core.DatasetBuilder) -> str:
       source = builder.as_data_source(split=split, decoders=decoders)
       for record in source:
         label = int(record.get("label", 0))
+        counts[label] += split == "train"
         digest.update(f"{split} {record['id']!r} {label} ".encode())
         pixels = transforms.decode(record["image"], feature.shape[-1])
         digest.update(np.ascontiguousarray(pixels))
         progress.update()
-  return digest.hexdigest()
+  return digest.hexdigest(), counts

@@ -15,6 +15,7 @@ process that finds every shard finished may `finish`: it writes TFDS's metadata
 and `prepared.json` and renames `1.0.0` to where readers look.
 """
 
+import collections
 from collections.abc import Callable, Iterator
 import contextlib
 import hashlib
@@ -31,8 +32,8 @@ from tensorflow_datasets.core.utils.lazy_imports_utils import (
   array_record_module,
 )
 
+from diffit_jax.data import classes, preparation
 from diffit_jax.data import dataset as dataset_lib
-from diffit_jax.data import preparation
 from diffit_jax.errors import UserError
 
 VERSION = "1.0.0"
@@ -89,21 +90,37 @@ class ShardedSet:
     Raises:
       UserError: there is a data set, or a part of one, with other settings.
     """
+    # Before anything is written, for the folder may be there to be read only.
+    if not overwrite and (existing := self._find_finished()):
+      with contextlib.suppress(OSError):
+        self._tidy_up()
+      return existing
     with _failures(self.root):
       self.root.mkdir(parents=True, exist_ok=True)
       with self._lock():
-        existing = dataset_lib.find_directory(self._name, self._data_dir)
-        if existing and not overwrite:
-          preparation.check_same(existing, self._settings)
-          logging.info("%s is there already and stays as it is", existing)
-          if not self._made.exists():  # killed as it tidied up
-            shutil.rmtree(self._staging, ignore_errors=True)
+        if not overwrite and (existing := self._find_finished()):
           return existing
         self._resume(overwrite)
         self._made.mkdir(parents=True, exist_ok=True)
         mine = {"settings": self._settings, "origin": self._origin}
         _write_json(self._staging / _SETTINGS_FILE, mine)
     return None
+
+  def _find_finished(self) -> pathlib.Path | None:
+    """The whole data set, if it is there with the same settings."""
+    existing = dataset_lib.find_directory(self._name, self._data_dir)
+    if existing is None:
+      return None
+    preparation.check_same(existing, self._settings)
+    logging.info("%s is there already and stays as it is", existing)
+    return existing
+
+  def _tidy_up(self) -> None:
+    """Removes what a process left that was killed as it tidied up."""
+    if self._staging.exists():
+      with self._lock():
+        if not self._made.exists():
+          shutil.rmtree(self._staging, ignore_errors=True)
 
   def _resume(self, overwrite: bool) -> None:
     """Refuses, or drops, a staging folder with other settings."""
@@ -222,6 +239,13 @@ class ShardedSet:
       # Of the records as they lie in the files, shard by shard.
       "content_hash": hashlib.sha256(hashes.encode()).hexdigest(),
     }
+    if all("labels" in report for report in reports):  # older ones lack them
+      counts = collections.Counter()
+      for report in reports:
+        counts.update(dict(report["labels"]))
+      common["images_per_class"] = classes.count(
+        counts, metadata["class_names"]
+      )
     _write_json(self._made / dataset_lib.METADATA_FILE, common | metadata)
 
   def _lock(self) -> contextlib.AbstractContextManager:
@@ -257,6 +281,7 @@ class Shard:
     self._digest = hashlib.sha256()
     self._committed = False
     self._report = {"num_records": 0, "num_bytes": 0, "skipped": []}
+    self._counts = collections.Counter()
 
   def add(self, example: dict[str, Any]) -> None:
     """Appends a record; equal examples give equal bytes in every process."""
@@ -269,6 +294,7 @@ class Shard:
     self._digest.update(record)
     self._report["num_records"] += 1
     self._report["num_bytes"] += len(record)
+    self._counts[example.get("label", 0)] += 1
 
   def skip(self, name: str) -> None:
     """Notes something of the source that could not be read."""
@@ -287,6 +313,7 @@ class Shard:
     if not self._committed:
       return None
     return self._report | {
+      "labels": [[int(x), num] for x, num in sorted(self._counts.items())],
       "hash": self._digest.hexdigest(),
       "file_size": self._path.stat().st_size,
     }

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -177,6 +178,7 @@ def test_metadata_says_what_the_latents_are(folder, vae, made):
   assert metadata["image_shape"] == [16, 16, 3]
   assert metadata["num_images"] == 23
   assert metadata["class_names"] == ["n01", "n02", "n10"]
+  assert metadata["images_per_class"] == [8, 8, 7]
   assert metadata["num_skipped"] == 0
   assert metadata["source"] == str(folder / "images")
   assert dataset.kind == "latent"
@@ -362,6 +364,17 @@ def test_the_finish_of_a_killed_prepare_is_taken_up(
 
 def _interrupt(*_):
   raise KeyboardInterrupt
+
+
+def test_latents_that_are_there_need_no_lock(
+  folder, encoder, made, monkeypatch
+):
+  def refuse(*_, **__):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+  monkeypatch.setattr(preparation, "lock", refuse)
+  found = _prepare(folder, made, encoder, latent_dtype="float32")
+  assert found.directory == made / "imagenet_latents" / "1.0.0"
 
 
 def test_a_damaged_shard_is_made_again(folder, encoder, made, tmp_path):

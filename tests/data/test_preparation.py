@@ -1,5 +1,6 @@
 """What `prepare` makes, what it refuses, and what it leaves behind."""
 
+import errno
 import io
 import json
 import resource
@@ -8,12 +9,12 @@ import zipfile
 
 from absl import logging
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 import pytest
 import tensorflow_datasets as tfds
 
+from diffit_jax.data import classes, pipeline, preparation, transforms
 from diffit_jax.data import dataset as dataset_lib
-from diffit_jax.data import pipeline, preparation, transforms
 from diffit_jax.data.builders import cifar10, digits, ffhq64, image_folder
 from diffit_jax.errors import UserError
 
@@ -181,6 +182,67 @@ def test_a_set_that_is_there_stays_unless_the_settings_differ(
   dataset = pipeline.open_dataset("image_folder", str(tmp_path))
   assert dataset.num_images == 3
   assert _tree(tmp_path / "image_folder")[0] == "1.0.0"
+
+
+def test_a_set_that_is_there_is_looked_for_before_anything_is_written(
+  tmp_path, monkeypatch
+):
+  directory = _prepare(digits.recipe(), tmp_path)
+
+  def refuse(*_):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+  monkeypatch.setattr(preparation, "lock", refuse)
+  assert _prepare(digits.recipe(), tmp_path) == directory
+  (directory.parent / "incomplete.abc").mkdir()  # left by a killed prepare
+  assert _prepare(digits.recipe(), tmp_path) == directory
+  with pytest.raises(UserError, match="cannot make .* Read-only file system"):
+    _prepare(digits.recipe(), tmp_path, overwrite=True)
+
+
+def test_the_images_of_each_class_are_counted(tmp_path, write_images):
+  names = ["cat/0.png", "dog/0.png", "dog/1.png", "dog/2.png"]
+  source = write_images(tmp_path / "source", names)
+  pairs = [["cat/0.png", 3], *([name, 1] for name in names[1:])]
+  (source / "dataset.json").write_text(json.dumps({"labels": pairs}))
+  directory = _prepare(image_folder.recipe(str(source), resolution=4), tmp_path)
+  metadata = json.loads((directory / "prepared.json").read_text())
+  assert metadata["images_per_class"] == [0, 3, 0, 1]
+  assert classes.in_words(metadata) == (
+    "4 classes: 0 = 0 (0), 1 = 1 (3), 2 = 2 (0), 3 = 3 (1);"
+    " 2 of them without images"
+  )
+  many = {
+    "class_names": [f"n{i:04d}" for i in range(1000)],
+    "images_per_class": [732, *[1300] * 999],
+  }
+  assert classes.in_words(many) == (
+    "1000 classes: 0 = n0000 (732), 1 = n0001 (1300), 2 = n0002 (1300), ...,"
+    " 999 = n0999 (1300); 732 to 1300 images in each"
+  )
+  before = {"class_names": ["a", "b"]}  # sets made without counting
+  assert classes.in_words(before) == "2 classes: 0 = a, 1 = b"
+
+
+def test_images_with_damaged_metadata_stay_and_moving_ones_are_told(
+  tmp_path, write_images, caplog
+):
+  source = write_images(tmp_path / "source", ["a.png", "b.png"])
+  image = Image.open(source / "a.png")
+  text = PngImagePlugin.PngInfo()
+  text.add_text("Raw profile type exif", "\nexif\n 10\nno hex")
+  image.save(source / "a.png", pnginfo=text)
+  image.save(
+    source / "c.webp", save_all=True, append_images=[image.rotate(90)],
+    lossless=True,
+  )  # fmt: skip
+  with caplog.at_level("WARNING", logger=logging.get_absl_logger().name):
+    _prepare(image_folder.recipe(str(source), resolution=12), tmp_path)
+  assert "1 of 3 images have metadata that cannot be read" in caplog.text
+  assert "1 of 3 images hold several frames, of which the first" in caplog.text
+  records = _records("image_folder", tmp_path)
+  for name in ("a.png", "c.webp"):
+    np.testing.assert_array_equal(records[name][0], np.asarray(image))
 
 
 def test_a_set_made_by_others_is_not_touched(tmp_path):
