@@ -13,7 +13,8 @@ become parameters so:
   fc.weight [1008, 2048] -> fc/kernel [2048, 1008]; fc.bias is not used (3)
 
 with the dots of X turned into the tree's levels. X.bn.num_batches_tracked may
-be there and is ignored. (1) and (2) are computed in float64.
+be there and is ignored. Whatever floats the file holds, (1) and (2) are
+computed in float64 from their float32 values.
 """
 
 from collections.abc import Mapping
@@ -24,19 +25,16 @@ import pathlib
 
 from flax import traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
-import safetensors
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import inception
-from diffit_jax.interop.diffusers import PICKLE_SUFFIXES
+from diffit_jax.interop import tensors
 
 BN_EPSILON = 0.001
 _BN = ("weight", "bias", "running_mean", "running_var")
 _IGNORED = ".num_batches_tracked"
-_DTYPES = ("F64", "F32", "F16")
-# How a pickle starts: a zip archive, as torch.save writes now, or as it did.
-_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02")
 
 
 @functools.cache
@@ -65,7 +63,7 @@ def read_state(
     path_or_state: a safetensors file, or {name: array}.
 
   Returns:
-    {name: array} of `expected_shapes`, in the dtypes found.
+    {name: array} of `expected_shapes`, in float32.
 
   Raises:
     UserError: no such file, a pickle, not a whole safetensors file, or tensors
@@ -75,7 +73,7 @@ def read_state(
     what, state = "the state dict given as Inception", dict(path_or_state)
     state = {n: a for n, a in state.items() if not n.endswith(_IGNORED)}
     _check_shapes(what, {n: np.shape(a) for n, a in state.items()})
-    state = {name: np.asarray(array) for name, array in state.items()}
+    state = {n: _to_float32(what, n, a) for n, a in state.items()}
   else:
     what = pathlib.Path(path_or_state)
     state = _read_file(what)
@@ -89,54 +87,24 @@ def _read_file(path: pathlib.Path) -> dict[str, np.ndarray]:
       f"{path} is not there: the FID Inception is not part of this project;"
       " get pt_inception-2015-12-05-6726825d.pth from the releases of"
       " github.com/mseitz/pytorch-fid, convert it where PyTorch is installed:"
-      f" {_conversion('pt_inception-2015-12-05-6726825d.pth', path)} and give"
-      " the result as --inception=FILE"
+      f" {tensors.conversion('pt_inception-2015-12-05-6726825d.pth', path)} and"
+      " give the result as --inception=FILE"
     )
-  if path.suffix in PICKLE_SUFFIXES:
-    raise UserError(_refuse_pickle(path))
-  try:
-    with safetensors.safe_open(path, framework="numpy") as file:
-      names = [n for n in file.keys() if not n.endswith(_IGNORED)]
-      headers = {name: file.get_slice(name) for name in names}
-      _check_shapes(path, {n: tuple(h.get_shape()) for n, h in headers.items()})
-      for name, header in headers.items():
-        if header.get_dtype() not in _DTYPES:
-          raise UserError(
-            f"{path}: {name} is of type {header.get_dtype()} instead of F32"
-          )
-      return {name: file.get_tensor(name) for name in names}
-  except (OSError, safetensors.SafetensorError) as error:
-    if path.is_file() and _starts_as_pickle(path):
-      raise UserError(_refuse_pickle(path)) from error
-    raise UserError(
-      f"{path} is not a whole safetensors file ({error}): a partial download"
-      " or a damaged copy, get it again"
-    ) from error
+  with tensors.open_file(path) as file:
+    names = [n for n in file.keys() if not n.endswith(_IGNORED)]
+    headers = {name: file.get_slice(name) for name in names}
+    _check_shapes(path, {n: tuple(h.get_shape()) for n, h in headers.items()})
+    for name, header in headers.items():
+      if wrong := tensors.wrong_type(name, header.get_dtype()):
+        raise UserError(f"{path}: {wrong}")
+    return {name: tensors.read_float32(file, name) for name in names}
 
 
-def _starts_as_pickle(path: pathlib.Path) -> bool:
-  try:
-    with open(path, "rb") as file:
-      return file.read(4).startswith(_PICKLE_STARTS)
-  except OSError:
-    return False
-
-
-def _conversion(source: str | os.PathLike, target: str | os.PathLike) -> str:
-  """The line that turns a PyTorch state dict into safetensors."""
-  return (
-    'python -c "import sys, torch, safetensors.torch as s;'
-    " w = torch.load(sys.argv[1], map_location='cpu', weights_only=True);"
-    ' s.save_file({k: v.contiguous() for k, v in w.items()}, sys.argv[2])"'
-    f" {source} {target}"
-  )
-
-
-def _refuse_pickle(path: pathlib.Path) -> str:
-  return (
-    f"{path} is a pickle and is never loaded; convert it where PyTorch is"
-    f" installed: {_conversion(path, path.with_suffix('.safetensors'))}"
-  )
+def _to_float32(what, name: str, array) -> np.ndarray:
+  array = np.asarray(array)
+  if not jnp.issubdtype(array.dtype, jnp.floating):
+    raise UserError(f"{what}: {name} is {array.dtype} instead of float32")
+  return array.astype(np.float32, copy=False)
 
 
 def _check_shapes(what, found: Mapping[str, tuple[int, ...]]) -> None:
@@ -168,8 +136,6 @@ def _check_shapes(what, found: Mapping[str, tuple[int, ...]]) -> None:
 
 def _check_values(what, state: Mapping[str, np.ndarray]) -> None:
   for name, array in state.items():
-    if not np.issubdtype(array.dtype, np.floating):
-      raise UserError(f"{what}: {name} is {array.dtype} instead of float32")
     if not np.isfinite(array).all():
       raise UserError(f"{what}: {name} holds values that are not finite")
     if name.endswith(".running_var") and array.min() < 0:

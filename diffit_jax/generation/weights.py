@@ -1,7 +1,6 @@
 """Weights to sample from: a workdir's checkpoint or an exported file."""
 
 import dataclasses
-import json
 import os
 
 from absl import logging
@@ -48,10 +47,7 @@ def read_config(workdir: str | os.PathLike) -> config_dict.ConfigDict:
       f"{workdir} holds no run ({path} is missing): train one with python -m"
       f" diffit_jax.main --config=... --workdir={workdir}"
     )
-  try:
-    return config_dict.ConfigDict(json.loads(path.read_text()))
-  except ValueError as error:
-    raise UserError(f"{path} is damaged: {error}") from error
+  return files.parse_config(path.read_bytes(), str(path))
 
 
 def default_average(config: config_dict.ConfigDict) -> str:

@@ -19,13 +19,12 @@ import re
 
 from flax import traverse_util
 import numpy as np
-import safetensors
 
 from diffit_jax.errors import UserError
+from diffit_jax.interop import tensors
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 _OLD_ATTENTION_NAMES = {
   "query": "to_q",
@@ -90,27 +89,16 @@ def find_files(
         f" its VAE {directory / 'vae'}"
       )
     pickles = sorted(
-      p for p in directory.iterdir() if p.suffix in PICKLE_SUFFIXES
+      p for p in directory.iterdir() if p.suffix in tensors.PICKLE_SUFFIXES
     )
     if path == weights and pickles:
-      raise UserError(_refuse_pickle(pickles[0], weights))
+      raise UserError(tensors.refuse_pickle(pickles[0], weights))
     found = ", ".join(sorted(p.name for p in directory.iterdir())[:10])
     raise UserError(
       f"{path} is not there (found: {found or 'nothing'}): give a diffusers"
       f" VAE folder with {CONFIG} and {WEIGHTS}"
     )
   return config, weights
-
-
-def _refuse_pickle(pickle: pathlib.Path, weights: pathlib.Path) -> str:
-  """Why, and the line that converts it where PyTorch is installed."""
-  return (
-    f"{pickle} is a pickle and is never loaded; convert it where PyTorch is"
-    ' installed: python -c "import sys, torch, safetensors.torch as s;'
-    " w = torch.load(sys.argv[1], map_location='cpu', weights_only=True);"
-    ' s.save_file({k: v.contiguous() for k, v in w.items()}, sys.argv[2])"'
-    f" {pickle} {weights}"
-  )
 
 
 def read_autoencoder_config(
@@ -233,26 +221,18 @@ def read_autoencoder_weights(
     tensor_name(p): (p, tuple(leaf.shape))
     for p, leaf in traverse_util.flatten_dict(dict(expected)).items()
   }
-  try:
-    with safetensors.safe_open(path, framework="numpy") as file:
-      stored = {}
-      for name in file.keys():
-        header = file.get_slice(name)
-        stored[name] = (tuple(header.get_shape()), header.get_dtype())
-      _check_tensors(path, stored, {k: s for k, (_, s) in wanted.items()})
-      flat = {}
-      for name in stored:
-        location, shape = wanted[_new_name(name)]
-        array = file.get_tensor(name).reshape(_file_shape(shape))
-        axes = np.argsort(_file_axes(len(shape)))
-        flat[location] = np.ascontiguousarray(
-          array.transpose(axes), dtype=np.float32
-        )
-  except (OSError, safetensors.SafetensorError) as error:
-    raise UserError(
-      f"{path} is not a whole safetensors file ({error}): copy it again"
-      " (pickles such as .bin are never loaded)"
-    ) from error
+  with tensors.open_file(path) as file:
+    stored = {}
+    for name in file.keys():
+      header = file.get_slice(name)
+      stored[name] = (tuple(header.get_shape()), header.get_dtype())
+    _check_tensors(path, stored, {k: s for k, (_, s) in wanted.items()})
+    flat = {}
+    for name in stored:
+      location, shape = wanted[_new_name(name)]
+      array = tensors.read_float32(file, name).reshape(_file_shape(shape))
+      axes = np.argsort(_file_axes(len(shape)))
+      flat[location] = np.ascontiguousarray(array.transpose(axes))
   return traverse_util.unflatten_dict(flat)
 
 
@@ -279,8 +259,8 @@ def _check_tensors(
       old_shape = (*shape, 1, 1) if len(shape) == 2 else shape
       if found_shape not in (shape, old_shape):
         problems.append(f"{name} is {found_shape} instead of {shape}")
-      elif dtype not in ("F64", "F32", "F16", "BF16"):
-        problems.append(f"{name} is of type {dtype} instead of F32")
+      elif wrong := tensors.wrong_type(name, dtype):
+        problems.append(wrong)
   if problems:
     raise UserError(
       f"{path} does not fit its {CONFIG}: {'; '.join(problems[:20])}"

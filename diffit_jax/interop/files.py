@@ -29,6 +29,9 @@ _SIZES = (
   "learn_sigma",
 )
 
+# Without these, no network and no sampler can be made of a config.
+_SECTIONS = ("model", "data", "diffusion", "sampler", "matmul_precision")
+
 
 def read_weights(
   path: str | os.PathLike, config: config_dict.ConfigDict | None = None
@@ -47,9 +50,8 @@ def read_weights(
       differs, with both values.
   """
   if native.is_native(path):
-    params, header = native.load(path)
-    if config is None:
-      config = config_dict.ConfigDict(json.loads(header["config"]))
+    params, own, header = _read_native(path)
+    config = own if config is None else config
     native.check_tree(params, parameter_shapes(config), path)
     return params, config, header
   model, params = official.load_official(path)
@@ -73,8 +75,7 @@ def read_initial(
   resized, and the positions are computed anew in any case.
   """
   if native.is_native(path):
-    params, header = native.load(path)
-    own = config_dict.ConfigDict(json.loads(header["config"]))
+    params, own, _ = _read_native(path)
     from_side = own.data.resolution
     if own.model.name == config.model.name == "latent_diffit":
       _check_sizes(
@@ -95,6 +96,34 @@ def read_initial(
       params = latent.stack_blocks(params)
   native.check_tree(params, parameter_shapes(config), path)
   return params
+
+
+def parse_config(text: str | bytes, where: str) -> config_dict.ConfigDict:
+  """A config from its JSON.
+
+  Args:
+    text: as a workdir or the header of a file keeps it.
+    where: it stands, for the error message.
+
+  Raises:
+    UserError: no JSON, or not of a config.
+  """
+  try:
+    config = json.loads(text)
+  except ValueError as error:
+    raise UserError(f"{where} is damaged: it is no JSON ({error})") from error
+  if not isinstance(config, dict):
+    raise UserError(f"{where} is damaged: it is no config, but {config!r:.40}")
+  missing = [section for section in _SECTIONS if section not in config]
+  if missing:
+    raise UserError(f"{where} is no config: it lacks {', '.join(missing)}")
+  return config_dict.ConfigDict(config)
+
+
+def _read_native(path) -> tuple[dict, config_dict.ConfigDict, dict[str, str]]:
+  params, header = native.load(path)
+  config = parse_config(header["config"], f"the config in the header of {path}")
+  return params, config, header
 
 
 def write_weights(

@@ -1,8 +1,9 @@
 """Our own layout: a safetensors file that says what it is.
 
 Tensor names are the parameter tree's paths joined by "/", values float32 as
-trained. The header holds the run's config as JSON, the training step and the
-name of the average, so that sampling needs nothing beside the file.
+trained. The header holds the layout's name, the run's config as JSON, the
+training step and the name of the average, so that sampling needs nothing beside
+the file.
 """
 
 from collections.abc import Mapping
@@ -15,9 +16,10 @@ import safetensors
 import safetensors.numpy
 
 from diffit_jax.errors import UserError
+from diffit_jax.interop import tensors
 
-FORMAT = "diffit_jax"
-_KEYS = ("format", "config", "step", "ema")
+LAYOUT = "diffit_jax"
+_KEYS = ("config", "step", "ema")
 
 
 def save(
@@ -34,11 +36,12 @@ def save(
   if path.suffix != ".safetensors":
     raise UserError(f"{path}: the file's name must end in .safetensors")
   flat = traverse_util.flatten_dict(dict(params), sep="/")
-  tensors = {n: np.ascontiguousarray(array) for n, array in flat.items()}
+  flat = {name: np.ascontiguousarray(array) for name, array in flat.items()}
+  metadata = {"format": LAYOUT, **header}
   partial = path.with_name(path.name + ".partial")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(tensors, partial, {"format": FORMAT, **header})
+    safetensors.numpy.save_file(flat, partial, metadata)
     os.replace(partial, path)
   except (OSError, safetensors.SafetensorError) as error:
     if path.parent.is_dir():
@@ -47,22 +50,41 @@ def save(
 
 
 def is_native(path: str | os.PathLike) -> bool:
-  """Whether a file says in its header that `save` wrote it."""
+  """Whether `save` wrote it: by its header, or its names where that is lost."""
   try:
-    with safetensors.safe_open(path, framework="numpy") as file:
-      return (file.metadata() or {}).get("format") == FORMAT
-  except (OSError, safetensors.SafetensorError):
+    with tensors.open_file(path) as file:
+      header, names = file.metadata() or {}, file.keys()
+  except UserError:
     return False  # whoever reads it next says what is wrong
+  return header.get("format") == LAYOUT or (
+    bool(names) and all("/" in name for name in names)
+  )
 
 
 def load(path: str | os.PathLike) -> tuple[dict, dict[str, str]]:
-  """Reads (params as numpy arrays, header) of a file that `is_native`."""
-  with safetensors.safe_open(path, framework="numpy") as file:
-    header = file.metadata()
-    flat = {name: file.get_tensor(name) for name in file.keys()}
-  missing = [key for key in _KEYS if key not in header]
-  if missing:
-    raise UserError(f"{path}: its header lacks {missing}; export it again")
+  """Reads (params as float32 numpy arrays, header) of an `is_native` file.
+
+  Raises:
+    UserError: the header lacks something, or tensors are no floats.
+  """
+  with tensors.open_file(path) as file:
+    header, names = file.metadata() or {}, file.keys()
+    missing = [key for key in _KEYS if key not in header]
+    if missing:
+      raise UserError(
+        f"{path}: its header lacks {', '.join(missing)}, which export wrote"
+        " there: export it again, or convert it with its metadata kept"
+      )
+    if not header["step"].isdecimal():
+      raise UserError(
+        f"{path}: its header has step={header['step']!r}, and that is a number"
+      )
+    dtypes = {name: file.get_slice(name).get_dtype() for name in names}
+    wrong = [tensors.wrong_type(*item) for item in dtypes.items()]
+    if wrong := list(filter(None, wrong)):
+      more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+      raise UserError(f"{path}: {wrong[0]}{more}: export it again")
+    flat = {name: tensors.read_float32(file, name) for name in names}
   return traverse_util.unflatten_dict(flat, sep="/"), header
 
 

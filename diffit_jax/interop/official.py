@@ -15,8 +15,8 @@ Reading goes tensor by tensor from the mapped file into the final arrays, and
 writing tensor by tensor into a partial file that is renamed, so neither holds
 more than the parameters and one tensor.
 
-CHOICE: float16 and bfloat16 tensors are read as the float32 values they stand
-for; files are always written in float32. Other dtypes are refused.
+CHOICE: tensors of other float types are read as the float32 values they stand
+for (`tensors`); files are always written in float32.
 CHOICE: the label table's last row is the null class, as in the release; a file
 cannot say otherwise, but `load_official(path, null_label=False)` can.
 """
@@ -33,10 +33,9 @@ from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 
 from diffit_jax.errors import UserError
-from diffit_jax.interop import native
+from diffit_jax.interop import native, tensors
 from diffit_jax.models.embeddings import sincos_positions
 from diffit_jax.models.latent import STACKED, LatentDiffiT
 
@@ -79,7 +78,7 @@ _BLOCK = {
 _INDEX = "relative_position_index"
 # How far a file's pos_embed may be from ours: rounding of its dtype, and for
 # float32 that of an angle of at most 100.
-_POSITION_TOLERANCE = {"F32": 1e-5, "F16": 1e-3, "BF16": 1e-2}
+_POSITION_TOLERANCE = {"F32": 1e-5, "F64": 1e-5, "F16": 1e-3, "BF16": 1e-2}
 _MAX_LISTED = 10
 
 
@@ -101,7 +100,9 @@ def load_official(
       that are missing, unknown, misshapen or of a wrong kind; all are listed.
   """
   path = pathlib.Path(path)
-  with _open(path) as file:
+  if not path.is_file():
+    raise UserError(f"{path} is not a file: give a .safetensors file")
+  with tensors.open_file(path) as file:
     slices = {key: file.get_slice(key) for key in file.keys()}
     shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}
     dtypes = {key: s.get_dtype() for key, s in slices.items()}
@@ -113,13 +114,15 @@ def load_official(
     flat = traverse_util.flatten_dict(params, sep="/")
     index = relative_position_index(model.grid)
     for key, (ours, _) in _layout(depth).items():
-      tensor = file.get_tensor(key)
       if key == "pos_embed":
+        tensor = tensors.read_float32(file, key)
         _check_positions(path, tensor, model, dtypes[key])
       elif ours is None:
-        if not np.array_equal(tensor, index):
+        tensor = file.get_tensor(key)
+        if not np.array_equal(tensor, index.astype(tensor.dtype)):
           raise UserError(f"{path}: {key} is not that of {model.grid} rows")
       else:
+        tensor = tensors.read_float32(file, key)
         if ours.endswith("/kernel"):
           tensor = tensor.reshape(len(tensor), -1).T
         _pick(flat, ours)[...] = tensor
@@ -179,29 +182,6 @@ def relative_position_index(side: int) -> np.ndarray:
   return rows * (2 * side - 1) + col[:, None] - col + side - 1
 
 
-def _open(path: pathlib.Path):
-  """The mapped file, or a UserError that says what it is instead."""
-  if not path.is_file():
-    raise UserError(f"{path} is not a file: give a .safetensors file")
-  try:
-    return safetensors.safe_open(path, framework="numpy")
-  except (OSError, safetensors.SafetensorError) as error:
-    with path.open("rb") as file:
-      start = file.read(2)
-    is_pickle = start == b"PK" or start[:1] == b"\x80"
-    if is_pickle or path.suffix in (".pth", ".pt", ".pkl", ".ckpt", ".bin"):
-      new = path.with_suffix(".safetensors")
-      raise UserError(
-        f"{path} is a pickle, which can run code and is never loaded; convert"
-        ' it where torch is installed: python -c "import torch,'
-        " safetensors.torch as s; s.save_file(torch.load("
-        f"'{path}', weights_only=True), '{new}')\""
-      ) from error
-    raise UserError(
-      f"{path} is not a whole safetensors file ({error}): copy it again"
-    ) from error
-
-
 def _layout(depth: int) -> dict[str, tuple[str | None, str]]:
   """Official key -> (our path, shape in symbols); block 3 is "blocks.3/"."""
   blocks = {
@@ -250,14 +230,16 @@ def _check_layout(path, layout, sizes, shapes, dtypes) -> None:
     expected = _shape(layout[key][1], sizes)
     if None not in expected and shapes[key] != expected:
       misshapen.append(f"{key} {shapes[key]} instead of {expected}")
-    allowed = ["I64"] if key.endswith(_INDEX) else list(_POSITION_TOLERANCE)
-    if dtypes[key] not in allowed:
-      kinds.append(f"{key} {dtypes[key]} instead of {' or '.join(allowed)}")
+    # Whoever converts all tensors rounds the index too, which nobody uses.
+    index = ("I64",) if key.endswith(_INDEX) else ()
+    kinds.append(
+      tensors.wrong_type(key, dtypes[key], (*index, *tensors.FLOATS))
+    )
   problems = {
     "missing": [key for key in layout if key not in shapes],
     "unknown": sorted(shapes.keys() - layout.keys()),
     "wrong shape": misshapen,
-    "wrong dtype": kinds,
+    "wrong dtype": list(filter(None, kinds)),
   }
   if not problems["missing"] and not misshapen:
     problems["sizes"] = _contradictions(sizes)
@@ -358,7 +340,7 @@ def _aligned_empty(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
 
 def _check_positions(path, tensor, model: LatentDiffiT, dtype: str) -> None:
   ours = sincos_positions(model.hidden_dim, model.grid)
-  error = np.abs(tensor[0].astype(np.float32) - ours).max()
+  error = np.abs(tensor[0] - ours).max()
   if not error <= _POSITION_TOLERANCE[dtype]:  # also when it is NaN
     raise UserError(
       f"{path}: pos_embed is not the fixed sin-cos table (off by {error:.2g})"

@@ -7,6 +7,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -181,6 +182,19 @@ class TestFile:
       from_file.params,
       extractor.params,
     )
+
+  @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+  def test_half_precision_is_read_as_float32(self, tmp_path, state, dtype):
+    """In a file and in a dict: the same values, and so the same digest."""
+    half = {name: array.astype(dtype) for name, array in state.items()}
+    save_file(half, tmp_path / "half.safetensors")
+    for given in (tmp_path / "half.safetensors", half):
+      found = inception_weights.read_state(given)
+      assert {array.dtype for array in found.values()} == {np.dtype("f4")}
+      for name in ("fc.weight", "Mixed_7c.branch_pool.bn.running_var"):
+        np.testing.assert_array_equal(
+          found[name], half[name].astype(np.float32)
+        )
 
   def test_about_is_json_and_changes_with_any_weight(self, state):
     about = load_inception(state, "pytorch_fid").about

@@ -325,7 +325,7 @@ def test_one_error_lists_everything_that_is_wrong(tmp_path, golden):
       "final_layer.linear.weight": None,
       "blocks.0.adaLN_modulation.1.bias": np.zeros(3, np.float32),
       "blocks.1.mlp.fc2.weight": bad,
-      "x_embedder.proj.bias": np.zeros(16, np.float64),
+      "x_embedder.proj.bias": np.zeros(16, np.int16),
     },
   )
   with pytest.raises(UserError) as error:
@@ -334,7 +334,7 @@ def test_one_error_lists_everything_that_is_wrong(tmp_path, golden):
   assert "missing: final_layer.linear.weight, blocks.0.attn.qkv.bias;" in text
   assert "unknown: blocks.0.adaLN_modulation.1.bias;" in text
   assert "blocks.1.mlp.fc2.weight (64, 16) instead of (16, 64)" in text
-  assert "x_embedder.proj.bias F64 instead of F32 or F16 or BF16" in text
+  assert "x_embedder.proj.bias is of type I16 instead of F32 or F16" in text
   assert "\n" not in text
 
 

@@ -17,10 +17,11 @@ import pytest
 import commands
 from configs import digits
 from diffit_jax.errors import UserError
+from diffit_jax.interop import native
 from diffit_jax.parallel import sharding
 from diffit_jax.parallel.mesh import make_mesh
 from diffit_jax.training import checkpoint, loop, program, storage
-from diffit_jax.training.state import TrainState
+from diffit_jax.training.state import TrainState, replace_params
 import two_processes
 
 # Orbax drops its other reads when one of them fails, which warn as they go.
@@ -105,6 +106,23 @@ def test_any_mesh_reads_what_any_mesh_saved(data, fsdp, saved, tmp_path):
   assert sums(tmp_path / "checkpoints/3") == sums(
     tmp_path / "one/checkpoints/3"
   )
+
+
+def test_a_run_begun_from_weights_in_half_precision_restores(tmp_path):
+  file, mesh = tmp_path / "half.safetensors", one_device()
+  header = {"config": "{}", "step": "0", "ema": "edm"}
+  half = jax.tree.map(
+    lambda x: np.asarray(x, jnp.bfloat16), state_at(5, mesh).params
+  )
+  native.save(file, half, header)
+  begun = replace_params(state_at(0, mesh), native.load(file)[0])
+  checkpoints = checkpoint.Checkpoints(tmp_path)
+  checkpoints.save(1, begun, 16, None)
+  checkpoints.close()
+  found = restore(tmp_path)
+  for tree in (found.params, *found.ema.values()):
+    jax.tree.map(np.testing.assert_array_equal, tree, half)
+    assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {np.dtype("f4")}
 
 
 @pytest.mark.slow  # test_two_processes.py reads on 8, 2 and 1 devices
