@@ -3,7 +3,9 @@
 Tensor names are the parameter tree's paths joined by "/", values float32 as
 trained. The header holds the layout's name, the run's config as JSON, the
 training step and the name of the average, so that sampling needs nothing beside
-the file.
+the file. Its "format" is "pt", as in every file that PyTorch's libraries write
+and the only one that accelerate and transformers read; files of before that
+have the layout's name in its place.
 """
 
 from collections.abc import Mapping
@@ -37,7 +39,7 @@ def save(
     raise UserError(f"{path}: the file's name must end in .safetensors")
   flat = traverse_util.flatten_dict(dict(params), sep="/")
   flat = {name: np.ascontiguousarray(array) for name, array in flat.items()}
-  metadata = {"format": LAYOUT, **header}
+  metadata = {"format": "pt", "layout": LAYOUT, **header}
   partial = path.with_name(path.name + ".partial")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +58,7 @@ def is_native(path: str | os.PathLike) -> bool:
       header, names = file.metadata() or {}, file.keys()
   except UserError:
     return False  # whoever reads it next says what is wrong
-  return header.get("format") == LAYOUT or (
+  return LAYOUT in (header.get("layout"), header.get("format")) or (
     bool(names) and all("/" in name for name in names)
   )
 

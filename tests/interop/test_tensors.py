@@ -107,6 +107,18 @@ def test_other_types_are_refused(dtype, name, tmp_path):
       read(path)
 
 
+def test_headers_that_other_libraries_and_older_exports_have(tmp_path):
+  path = write(tmp_path / "a.safetensors")
+  with safetensors.safe_open(path, framework="numpy") as file:
+    assert file.metadata()["format"] == "pt"  # all that accelerate takes
+    assert file.metadata()["layout"] == "diffit_jax"
+  rewrite(path, format="diffit_jax", layout=None)
+  params, config, header = files.read_weights(path)
+  jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
+  assert json.loads(config.to_json()) == json.loads(CONFIG.to_json())
+  assert header["step"] == "7"
+
+
 @pytest.mark.parametrize(
   "header, message",
   [
