@@ -149,13 +149,15 @@ def load_autoencoder(
 
   Args:
     directory: holds `config.json` and `diffusion_pytorch_model.safetensors`,
-      with diffusers' new or old names for the attention.
+      or its fp16 or bf16 variant, with diffusers' new or old names for the
+      attention.
     chunk_size: images that `encode` and `decode` hold at a time; None is 1 on
       a CPU and 8 elsewhere.
 
   Raises:
-    UserError: a file is missing, a pickle, or cut short; the config asks for
-      a network other than the SD VAE's; the weights do not fit the config.
+    UserError: a file is missing, a pickle, sharded, or cut short; the config
+      asks for a network other than the SD VAE's; the weights do not fit the
+      config.
   """
   if chunk_size is None:
     chunk_size = _CHUNK_SIZE.get(jax.default_backend(), _ACCELERATOR_CHUNK_SIZE)

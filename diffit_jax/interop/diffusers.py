@@ -16,7 +16,9 @@ import math
 import os
 import pathlib
 import re
+import shlex
 
+from absl import logging
 from flax import traverse_util
 import numpy as np
 
@@ -25,6 +27,8 @@ from diffit_jax.interop import tensors
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# The same network in another type; diffusers' `variant` of these names.
+_VARIANTS = ("fp16", "bf16")
 
 _OLD_ATTENTION_NAMES = {
   "query": "to_q",
@@ -70,8 +74,11 @@ def find_files(
 ) -> tuple[pathlib.Path, pathlib.Path]:
   """The config and the weights in a diffusers folder.
 
+  Where the weights are there in half precision alone, these are taken.
+
   Raises:
-    UserError: no such folder, a file is missing, or only a pickle is there.
+    UserError: no such folder, a file is missing, the weights are split over
+      several files, or only a pickle is there.
   """
   directory = pathlib.Path(directory)
   if not directory.is_dir():
@@ -79,7 +86,7 @@ def find_files(
       f"{directory} is not a folder: give a diffusers VAE folder with"
       f" {CONFIG} and {WEIGHTS}"
     )
-  config, weights = directory / CONFIG, directory / WEIGHTS
+  config, weights = directory / CONFIG, _find_weights(directory)
   for path in (config, weights):
     if path.is_file():
       continue
@@ -91,6 +98,8 @@ def find_files(
     pickles = sorted(
       p for p in directory.iterdir() if p.suffix in tensors.PICKLE_SUFFIXES
     )
+    if path == weights and list(directory.glob(f"{WEIGHTS}.index*.json")):
+      raise UserError(_refuse_shards(directory))
     if path == weights and pickles:
       raise UserError(tensors.refuse_pickle(pickles[0], weights))
     found = ", ".join(sorted(p.name for p in directory.iterdir())[:10])
@@ -99,6 +108,31 @@ def find_files(
       f" VAE folder with {CONFIG} and {WEIGHTS}"
     )
   return config, weights
+
+
+def _find_weights(directory: pathlib.Path) -> pathlib.Path:
+  """The file of weights that is there, or where it would be."""
+  weights = directory / WEIGHTS
+  if not weights.is_file():
+    for variant in _VARIANTS:
+      path = weights.with_suffix(f".{variant}.safetensors")
+      if path.is_file():
+        logging.info("%s is not there: reading %s", weights, path.name)
+        return path
+  return weights
+
+
+def _refuse_shards(directory: pathlib.Path) -> str:
+  """Why, and the command that joins the files where diffusers is installed."""
+  joined = f"{directory.resolve()}-unsharded"
+  return (
+    f"the weights in {directory} are split over several files, which are not"
+    ' read: save unsharded where diffusers is installed: python -c "import'
+    " sys; from diffusers import AutoencoderKL as A;"
+    " A.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2],"
+    f" max_shard_size='100GB')\" {shlex.quote(str(directory))}"
+    f" {shlex.quote(joined)}"
+  )
 
 
 def read_autoencoder_config(

@@ -1,6 +1,7 @@
 """Reading diffusers' config and weights: names, layouts, and every refusal."""
 
 import json
+import pathlib
 import re
 
 from flax import traverse_util
@@ -302,6 +303,46 @@ def test_a_whole_pipeline_points_to_its_vae(tmp_path):
   write_config(tmp_path / "vae")
   with pytest.raises(UserError, match=r"whole pipeline, give its VAE .*/vae"):
     diffusers.find_files(tmp_path)
+
+
+def test_a_folder_with_half_precision_alone_is_read(tmp_path, caplog):
+  """Whatever else lies there; and float32 wins where it is there."""
+  write_config(tmp_path)
+  stem = tmp_path / "diffusion_pytorch_model"
+  half = {n: array.astype(np.float16) for n, array in tensors().items()}
+  save_file(half, f"{stem}.fp16.safetensors")
+  save_file({}, f"{stem}.non_ema.safetensors")
+  pathlib.Path(f"{stem}.safetensors.index.json").write_text("{}")
+  pathlib.Path(f"{stem}.bin").write_bytes(b"PK")
+  with caplog.at_level("INFO"):
+    _, weights = diffusers.find_files(tmp_path)
+  assert "model.safetensors is not there: reading diffusion" in caplog.text
+  assert weights.name == "diffusion_pytorch_model.fp16.safetensors"
+  found = leaves(
+    diffusers.read_autoencoder_weights(weights, abstract_params(module()))
+  )
+  for name, array in found.items():
+    expected = half[name].astype(np.float32).reshape(
+      diffusers._file_shape(array.shape)
+    )
+    axes = np.argsort(diffusers._file_axes(array.ndim))
+    np.testing.assert_array_equal(array, expected.transpose(axes))
+  save_file(tensors(), f"{stem}.safetensors")
+  assert diffusers.find_files(tmp_path)[1].name == f"{stem.name}.safetensors"
+
+
+@pytest.mark.parametrize("index", ["index", "index.fp16"])
+def test_shards_are_refused_with_the_command_that_joins_them(tmp_path, index):
+  write_config(tmp_path)
+  stem = tmp_path / "diffusion_pytorch_model"
+  pathlib.Path(f"{stem}.safetensors.{index}.json").write_text("{}")
+  save_file(tensors(), f"{stem}-00001-of-00002.safetensors")
+  with pytest.raises(UserError, match="save unsharded") as error:
+    diffusers.find_files(tmp_path)
+  assert "\n" not in str(error.value)
+  code = re.search(r'python -c "(.*)" ', str(error.value))[1]
+  compile(code, "<one-liner>", "exec")
+  assert "max_shard_size" in code
 
 
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "vae.ckpt"])
