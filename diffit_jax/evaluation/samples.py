@@ -137,15 +137,12 @@ def sample_shape(config: Mapping, codec=None) -> tuple[int, int]:
   Raises:
     UserError: latents, and no codec that makes images of them.
   """
-  side = config["data"]["resolution"]
-  if config["diffusion"]["kind"] == "adm":
-    if codec is None:
-      raise UserError(
-        "--vae is missing: this model makes latents, and only images can be"
-        " scored; give the diffusers folder of its VAE as --vae=..."
-      )
-    side *= config["autoencoder"]["down_factor"]
-  return side, side
+  if config["diffusion"]["kind"] == "adm" and codec is None:
+    raise UserError(
+      "--vae is missing: this model makes latents, and only images can be"
+      " scored; give the diffusers folder of its VAE as --vae=..."
+    )
+  return generator.sample_shape(config, codec)[:2]
 
 
 Samples = ImageSamples | NetworkSamples

@@ -124,6 +124,15 @@ def make_generator(
   return generate_checked
 
 
+def sample_shape(config: Mapping, codec=None) -> tuple[int, int, int]:
+  """[h, w, c] of what a generator of these makes."""
+  side, channels = config["data"]["resolution"], config["model"]["channels"]
+  if codec is None or config["diffusion"]["kind"] == "edm":
+    return side, side, channels
+  latents = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+  return jax.eval_shape(codec.decode_fn, codec.params, latents).shape[1:]
+
+
 def _check_finite(is_finite: bool) -> None:
   if not is_finite:
     raise UserError(

@@ -1,9 +1,14 @@
-"""Sampling into a folder: files, a grid and an npz; stop and go on any time."""
+"""Sampling into a folder: files, a grid and an npz; stop and go on any time.
+
+What is there counts where sampling.json says that it was made with the same
+settings; samples that are damaged are made anew.
+"""
 
 from collections.abc import Callable
 from concurrent import futures
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -17,7 +22,12 @@ import numpy as np
 from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.generation import generator
-from diffit_jax.generation.output import IMAGES, LATENTS, Output
+from diffit_jax.generation.output import (
+  IMAGES,
+  LATENTS,
+  Output,
+  Unreadable,
+)
 from diffit_jax.generation.weights import Weights
 from diffit_jax.parallel.mesh import check_batch
 from diffit_jax.progress import Progress
@@ -70,11 +80,17 @@ def sample_to_folder(
   )
   classes(np.arange(1))  # refuses wrong labels before anything is written
   is_latent = config.diffusion.kind == "adm" and codec is None
-  output = Output(pathlib.Path(out), LATENTS if is_latent else IMAGES)
-  _claim(output.folder, describe(weights, seed, labels, codec))
+  output = Output(
+    pathlib.Path(out),
+    LATENTS if is_latent else IMAGES,
+    generator.sample_shape(config, codec),
+  )
+  _claim(output, describe(weights, seed, labels, codec))
+  generate_batch = lambda index: generate(
+    weights.params, seed, index.astype(np.uint32), classes(index)
+  )
 
-  waiting = [i for i in range(num) if not output.path(i).exists()]
-  batches = sorted({i // batch_size for i in waiting})
+  waiting = output.missing(num)
   logging.info(
     "sampling %d %s (%d there already) from %s, ema %s",
     num,
@@ -85,31 +101,48 @@ def sample_to_folder(
   )
   if waiting:
     _report_skipped(weights, mesh, seed, classes)
+  classes_of_all = classes(np.arange(num)) if model.num_classes else None
+  for is_last in (False, True):
+    if not _make(output, generate_batch, waiting, batch_size, num):
+      return None
+    try:
+      return Result(*output.finish(num, classes_of_all))
+    except OSError as error:
+      raise _cannot_write(output.folder, error) from error
+    except Unreadable as error:
+      if is_last:
+        raise UserError(
+          f"a sample that was just written to {output.folder} is {error}: check"
+          " that disk, then run the same command again"
+        ) from error
+    waiting = output.missing(num, is_thorough=True)
+
+
+def _make(
+  output: Output,
+  generate_batch: Callable[[np.ndarray], np.ndarray],
+  waiting: list[int],
+  batch_size: int,
+  num: int,
+) -> bool:
+  """Makes the samples that wait, in whole batches; False where SIGTERM came."""
+  batches = itertools.groupby(waiting, lambda i: i // batch_size)
   with (
     StopRequest() as stop,
     Progress(num, "sampling", "images", num - len(waiting)) as progress,
     futures.ThreadPoolExecutor(4) as pool,
   ):
-    for batch in batches:
+    for batch, wanted in batches:
       if stop.requested:
-        return None
+        return False
       index = np.arange(batch * batch_size, (batch + 1) * batch_size)
-      samples = generate(
-        weights.params, seed, index.astype(np.uint32), classes(index)
-      )
-      progress.update(_write_batch(output, pool, index, samples, num))
-  try:
-    grid, npz = output.finish(
-      num, classes(np.arange(num)) if model.num_classes else None
-    )
-  except OSError as error:
-    raise _cannot_write(output.folder, error) from error
-  return Result(grid, npz)
+      samples = generate_batch(index)
+      progress.update(_write_batch(output, pool, index, samples, [*wanted]))
+  return True
 
 
-def _write_batch(output: Output, pool, index, samples, num: int) -> int:
+def _write_batch(output: Output, pool, index, samples, wanted) -> int:
   """Writes the samples of a batch that are wanted; returns how many."""
-  wanted = [i for i in index if i < num and not output.path(i).exists()]
   write: Callable = lambda i: output.write(i, samples[i - index[0]])
   try:
     list(pool.map(write, wanted))
@@ -199,28 +232,46 @@ def hash_tree(tree) -> str:
   return digest.hexdigest()
 
 
-def _claim(folder: pathlib.Path, settings: dict) -> None:
-  """Writes sampling.json, or refuses a folder of other settings."""
-  path = folder / "sampling.json"
-  if path.exists():
-    try:
-      old = json.loads(path.read_text())
-    except ValueError:
-      old = {}
-    keys = settings.keys() - {"about"}
-    different = sorted(key for key in keys if old.get(key) != settings[key])
-    if different:
-      raise UserError(
-        f"{folder} holds samples of other settings"
-        f" ({', '.join(different)} differ): use another --out or delete it"
-      )
+def _claim(output: Output, settings: dict) -> None:
+  """Writes sampling.json, or refuses a folder of other or unknown samples."""
+  folder, path = output.folder, output.folder / "sampling.json"
   try:
     folder.mkdir(parents=True, exist_ok=True)
+    _check_settings(output, _read_settings(path), settings)
     partial = folder / "sampling.json.partial"
     partial.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     os.replace(partial, path)
   except OSError as error:
     raise _cannot_write(folder, error) from error
+
+
+def _check_settings(output: Output, old: dict | None, settings: dict) -> None:
+  """Refuses samples that were made otherwise, or nobody knows how."""
+  if old is None:
+    if strays := output.strays():
+      raise UserError(
+        f"{output.folder} holds samples"
+        f" ({strays[0].relative_to(output.folder)}) and no readable"
+        " sampling.json that says how they were made: use another --out or"
+        " delete it"
+      )
+    return
+  keys = settings.keys() - {"about"}
+  different = sorted(key for key in keys if old.get(key) != settings[key])
+  if different:
+    raise UserError(
+      f"{output.folder} holds samples of other settings"
+      f" ({', '.join(different)} differ): use another --out or delete it"
+    )
+
+
+def _read_settings(path: pathlib.Path) -> dict | None:
+  """What sampling.json says; None where there is none, or a damaged one."""
+  try:
+    found = json.loads(path.read_bytes())
+  except (FileNotFoundError, ValueError):
+    return None
+  return found if isinstance(found, dict) else None
 
 
 def _cannot_write(folder: pathlib.Path, error: OSError) -> UserError:

@@ -174,7 +174,7 @@ def test_images_need_not_be_square(tmp_path):
 
 def _sample(folder, labels=LABELS, num=N):
   """What `sample` leaves: images, a grid, an npz and its settings."""
-  run = output.Output(folder, output.IMAGES)
+  run = output.Output(folder, output.IMAGES, PIXELS.shape[1:])
   folder.mkdir()
   for i in range(num):
     run.write(i, PIXELS[i])

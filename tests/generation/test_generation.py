@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from configs import digits
 from diffit_jax import models
 from diffit_jax.errors import UserError
-from diffit_jax.generation import generator, job, weights
+from diffit_jax.generation import generator, job, output, weights
 from diffit_jax.interop import files, native
 from diffit_jax.parallel.mesh import make_mesh
 
@@ -246,6 +246,81 @@ class TestJob:
     with pytest.raises(UserError, match="other settings"):
       run_job(loaded, tmp_path, **change)
     assert before == sorted(p.stat().st_mtime_ns for p in tmp_path.rglob("*"))
+
+  @pytest.mark.parametrize("settings", [None, '{"seed"', "[]"])
+  @pytest.mark.parametrize(
+    "stray", ["images/000001.png", "latents/000000.npy", "samples_2x8x8x3.npz"]
+  )
+  def test_samples_of_unknown_settings_are_refused(
+    self, settings, stray, loaded, tmp_path
+  ):
+    """They would pass for those of another seed, and stay as they are."""
+    (tmp_path / stray).parent.mkdir(exist_ok=True)
+    (tmp_path / stray).write_bytes(b"whatever")
+    if settings:
+      (tmp_path / "sampling.json").write_text(settings)
+    before = sorted(p.stat().st_mtime_ns for p in tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=rf"{stray}\) and no readable sampling"):
+      run_job(loaded, tmp_path)
+    assert before == sorted(p.stat().st_mtime_ns for p in tmp_path.rglob("*"))
+
+  def test_damaged_samples_are_named_and_made_anew(
+    self, loaded, tmp_path, caplog
+  ):
+    """Cut, of another size or kind, no image, and a bit flipped inside."""
+    whole = run_job(loaded, tmp_path).npz.read_bytes()
+    path = lambda i: tmp_path / "images" / f"{i:06d}.png"
+    good = {i: path(i).read_bytes() for i in range(10)}
+    path(1).write_bytes(good[1][:60])
+    path(2).write_bytes(b"")
+    Image.new("L", (16, 8)).save(path(3))
+    Image.new("RGB", (8, 8)).save(path(5))
+    path(7).write_bytes(bytes(len(good[7])))
+    flipped = bytearray(good[8])
+    flipped[45] ^= 1
+    path(8).write_bytes(flipped)
+    kept = path(6).stat().st_mtime_ns
+    (tmp_path / "samples_10x8x8x3.npz").unlink()
+    with caplog.at_level("WARNING"):
+      assert run_job(loaded, tmp_path).npz.read_bytes() == whole
+    ends, inside = (r.getMessage() for r in caplog.records)
+    assert ends.startswith("5 samples in") and inside.startswith("1 samples in")
+    for text in (
+      "000001.png is cut short, 000002.png is no PNG, 000003.png is of another"
+      " size or type, 000005.png is of another size or type, 000007.png is no",
+    ):
+      assert text in ends
+    assert "000008.png is unreadable (" in inside
+    assert {i: path(i).read_bytes() for i in range(10)} == good
+    assert path(6).stat().st_mtime_ns == kept
+
+  def test_a_sample_that_stays_damaged_ends_the_job(
+    self, loaded, tmp_path, monkeypatch
+  ):
+    def fail(path):
+      raise ValueError("bad sector")
+
+    kind = dataclasses.replace(output.IMAGES, read=fail)
+    monkeypatch.setattr(job, "IMAGES", kind)
+    with pytest.raises(UserError, match="just written.*bad sector.*that disk"):
+      run_job(loaded, tmp_path, num=2)
+    assert not list(tmp_path.glob("*.npz*"))
+
+  def test_damaged_latents_are_found(self, tmp_path, caplog):
+    run = output.Output(tmp_path, output.LATENTS, (4, 4, 2))
+    tmp_path.joinpath("latents").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(6):
+      run.write(i, rng.normal(size=(4, 4, 2)).astype(np.float32))
+    data = run.path(0).read_bytes()
+    run.path(1).write_bytes(data[:-4])
+    run.path(2).write_bytes(data[:30])
+    run.path(3).unlink()
+    np.save(run.path(4), np.zeros((4, 4, 2)))
+    np.save(run.path(5), np.zeros((2, 4, 4), np.float32))
+    assert run.missing(6) == [1, 2, 3, 4, 5]
+    assert "000003" not in caplog.text and "4 samples in" in caplog.text
+    assert "000002.npy is damaged, 000004.npy is of another" in caplog.text
 
   def test_wrong_labels_leave_nothing_behind(self, loaded, tmp_path):
     with pytest.raises(UserError, match="beyond the model's classes 0..9"):
