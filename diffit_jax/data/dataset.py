@@ -145,7 +145,11 @@ def open_dataset(
       f"data set {directory} is in {builder.info.file_format.value} format,"
       f" and array_record is needed; remake it with: {command} --overwrite"
     )
-  _check_files(directory, splits, command)
+  if lost := _lost_file(splits):
+    raise UserError(
+      f"data set {directory} is damaged ({lost}); remake it with: {command}"
+      " --overwrite"
+    )
   if not _is_latent(features) and not _has_images(features, any_size):
     raise UserError(
       f"data set {directory} has no images of one size; prepare them with:"
@@ -267,15 +271,23 @@ def _check_classes(dataset: Dataset, num_classes: int) -> None:
     )
 
 
-def _check_files(directory: pathlib.Path, splits: Any, command: str) -> None:
-  """Every file of every split is there with something in it."""
+def find_damage(directory: pathlib.Path) -> str | None:
+  """What is wrong with a data set's files; None where all of them are there."""
+  import tensorflow_datasets as tfds
+
+  try:
+    return _lost_file(tfds.builder_from_directory(str(directory)).info.splits)
+  except Exception as error:  # whatever TFDS makes of damaged files
+    return str(error)
+
+
+def _lost_file(splits: Any) -> str | None:
+  """The first file of the splits that is not there with something in it."""
   for split in splits.values():
     for file in split.filepaths:
       if not os.path.exists(file) or not os.path.getsize(file):
-        raise UserError(
-          f"data set {directory} is damaged ({file} is missing or empty);"
-          f" remake it with: {command} --overwrite"
-        )
+        return f"{file} is missing or empty"
+  return None
 
 
 def _has_images(features: Any, any_size: bool) -> bool:

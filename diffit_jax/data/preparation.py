@@ -172,18 +172,23 @@ def lock(path: pathlib.Path, busy: str | None) -> Iterator[None]:
 
 
 def check_same(existing: pathlib.Path, settings: dict[str, Any]) -> None:
-  """Raises a UserError unless `existing` was made with `settings`."""
+  """Raises a UserError unless `existing` is whole and made with `settings`."""
   metadata = dataset_lib.read_metadata(existing)
   if not metadata:
     raise UserError(
       f"{existing} is there and was not made by this program; give another"
       " --name, or --overwrite to replace it"
     )
-  differences = compare(metadata["settings"], settings)
+  differences = compare(metadata.get("settings", {}), settings)
   if differences:
     raise UserError(
       f"{existing} was made with other settings ({differences});"
       " give another --name, or --overwrite to replace it"
+    )
+  if lost := dataset_lib.find_damage(existing):
+    raise UserError(
+      f"{existing} is damaged ({lost}); make it anew with diffit_jax.prepare and"
+      " --overwrite"
     )
 
 

@@ -127,14 +127,17 @@ class ShardedSet:
     file = self._staging / _SETTINGS_FILE
     if not file.exists():
       return
-    former = json.loads(file.read_text())
-    differences = preparation.compare(former["settings"], self._settings)
+    former = _read_json(file)
+    if former is None:
+      differences, origins = f"{file.name} is damaged", ""
+    else:
+      differences = preparation.compare(former["settings"], self._settings)
+      origins = preparation.compare(former["origin"], self._origin)
     if not differences:
       return
     if overwrite:
       shutil.rmtree(self._staging)
       return
-    origins = preparation.compare(former["origin"], self._origin)
     raise UserError(
       f"{self._staging} was begun with other settings"
       f" ({'; '.join(filter(None, [differences, origins]))}): refusing to mix"
@@ -143,13 +146,16 @@ class ShardedSet:
     )
 
   def report(self, index: int) -> Report | None:
-    """What is in a finished shard; None where it is not finished."""
+    """What is in a finished shard; None where it is to be made."""
     file = self._staging / f"{index:05d}.json"
     shard = self._shard_path(index)
     if not file.exists() or not shard.exists():
       return None
-    report = json.loads(file.read_text())
-    return report if report["file_size"] == shard.stat().st_size else None
+    report = _read_json(file)
+    if report is None or report["file_size"] != shard.stat().st_size:
+      logging.warning("%s is damaged: it is made anew", shard)
+      return None
+    return report
 
   @contextlib.contextmanager
   def writing(self, index: int) -> Iterator["Shard"]:
@@ -317,6 +323,14 @@ class Shard:
       "hash": self._digest.hexdigest(),
       "file_size": self._path.stat().st_size,
     }
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
+  """What `_write_json` wrote; None where it is damaged."""
+  try:
+    return json.loads(path.read_bytes())
+  except ValueError:
+    return None
 
 
 def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:

@@ -383,7 +383,12 @@ def test_a_damaged_shard_is_made_again(folder, encoder, made, tmp_path):
   partial = tmp_path / "imagenet_latents" / "partial"
   shard = next((partial / "1.0.0").glob("*00003-of*"))
   shard.write_bytes(shard.read_bytes()[:100])
-  next((partial / "1.0.0").glob("*00001-of*")).unlink()
+  (partial / "00001.json").write_text('{"num_records": 4,')
+  settings = (partial / "settings.json").read_text()
+  (partial / "settings.json").write_text(settings[:20])
+  with pytest.raises(UserError, match="settings.json is damaged.*--overwrite"):
+    _prepare(folder, tmp_path, encoder, **options)
+  (partial / "settings.json").write_text(settings)
   assert _prepare(folder, tmp_path, encoder, **options).directory
   assert _contents(tmp_path) == _contents(made)
 

@@ -174,6 +174,12 @@ def test_a_set_that_is_there_stays_unless_the_settings_differ(
   assert (directory / "prepared.json").stat().st_ino == before
   with pytest.raises(UserError, match="crop was 'center-crop', now 'adm'"):
     _prepare(recipe(crop="adm"), tmp_path)
+  records = next(directory.glob("*.array_record*"))
+  content = records.read_bytes()
+  records.write_bytes(b"")
+  with pytest.raises(UserError, match="is missing or empty.*--overwrite"):
+    _prepare(recipe(), tmp_path)
+  records.write_bytes(content)
   write_images(source, ["c.png"])
   with pytest.raises(UserError, match="source_listing was .* --overwrite"):
     _prepare(recipe(), tmp_path)
