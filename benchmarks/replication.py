@@ -126,10 +126,14 @@ def run_all(
 
 def read(path: pathlib.Path, settings: Settings) -> dict:
   """A finished run; refuses one of other settings."""
-  found = json.loads(path.read_text())
-  if found["settings"] != dataclasses.asdict(settings):
+  try:
+    found = json.loads(path.read_text())
+    made_with = found["settings"]
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f"{path} is damaged: delete it to run it again") from error
+  if made_with != dataclasses.asdict(settings):
     raise UserError(
-      f"{path} was made with {found['settings']}, and these are {settings}:"
+      f"{path} was made with {made_with}, and these are {settings}:"
       " use another --out"
     )
   return found

@@ -41,6 +41,9 @@ def test_a_killed_run_goes_on_and_finished_ones_stay(
   other = replication.Settings(steps=5, num=16, debug=True)
   with pytest.raises(UserError, match="'steps': 2.*use another --out"):
     replication.run_all(replication.choose(["tmsa"]), 1, other, tmp_path)
+  (tmp_path / "runs" / "tmsa-0.json").write_text('{"settings":')
+  with pytest.raises(UserError, match="tmsa-0.json is damaged: delete it"):
+    start()
 
 
 def test_an_unknown_variant_names_the_known_ones():

@@ -187,8 +187,8 @@ def check_same(existing: pathlib.Path, settings: dict[str, Any]) -> None:
     )
   if lost := dataset_lib.find_damage(existing):
     raise UserError(
-      f"{existing} is damaged ({lost}); make it anew with diffit_jax.prepare and"
-      " --overwrite"
+      f"{existing} is damaged ({lost}); make it anew with diffit_jax.prepare"
+      " and --overwrite"
     )
 
 

@@ -39,7 +39,7 @@ TITLES = {
   "kernel": "kernel distance",
   "intra_frechet": "mean of the classes' Fréchet distances",
 }
-_KEYS = {"metrics", "not_computed", "num_samples", "protocol", "samples"}
+_PARTS = ("metrics", "not_computed", "protocol", "samples")  # {name: ...} each
 _PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "scikit-learn", "Pillow")
 
 
@@ -159,10 +159,14 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
   """A card that `write` wrote."""
   try:
     card = json.loads(pathlib.Path(path).read_text())
-    if _KEYS <= card.keys():
+    is_whole = all(isinstance(card[part], dict) for part in _PARTS)
+    if is_whole and isinstance(card["num_samples"], int):
       return card
   except OSError as error:
     raise UserError(f"cannot read the card {path}: {error}") from error
-  except (ValueError, AttributeError):
+  except (ValueError, KeyError, TypeError):
     pass
-  raise UserError(f"{path} is no card that diffit_jax.evaluate wrote")
+  raise UserError(
+    f"{path} is no card that diffit_jax.evaluate wrote, or a damaged one:"
+    " delete it, or name another file"
+  )

@@ -86,9 +86,20 @@ class Evaluator:
     )
 
   def find(self, step: int) -> dict[str, float]:
-    """What a step scored in this or an earlier start; {} for nothing."""
+    """What a step scored in this or an earlier start; {} for nothing.
+
+    A card of an earlier start that scored something else counts for nothing.
+    """
     path = self._card(step)
-    read = lambda: card.read(path)["metrics"] if path.exists() else {}
+
+    def read() -> dict[str, float]:
+      if not path.exists():
+        return {}
+      found = card.read(path)
+      done = {*found["metrics"], *found["not_computed"]}
+      is_same = found["num_samples"] == self._num and {*self._metrics} <= done
+      return found["metrics"] if is_same else {}
+
     return runtime.from_first(read)
 
   def __call__(

@@ -178,7 +178,7 @@ def _is_same(
     and {*measure.wanted} <= done
     and ("per_class" in card or not measure.per_class)
     and all(
-      card_lib.deciding(found[key]) == card_lib.deciding(wanted[key])
+      card_lib.deciding(found.get(key)) == card_lib.deciding(wanted[key])
       for key in ("features", "reference", "repeats", "samples")
     )
   )

@@ -243,8 +243,9 @@ class TestCards:
     assert card.read(tmp_path / "a.json") == found
     (tmp_path / "b.json").write_text((tmp_path / "a.json").read_text()[:99])
     (tmp_path / "c.json").write_text("{}")
-    for name in ("b", "c"):
-      with pytest.raises(UserError, match="is no card"):
+    (tmp_path / "e.json").write_text(json.dumps(found | {"protocol": []}))
+    for name in ("b", "c", "e"):
+      with pytest.raises(UserError, match="is no card.*: delete it, or name"):
         card.read(tmp_path / f"{name}.json")
     with pytest.raises(UserError, match="cannot read the card"):
       card.read(tmp_path / "d.json")

@@ -135,7 +135,8 @@ def test_the_best_by_distance_stays(data_dir, tmp_path):
   def score(self, loaded):
     found = {"frechet_digits": told[loaded.step]}
     self.folder.mkdir(exist_ok=True)
-    text = dict.fromkeys(card._KEYS, {}) | {"metrics": found}
+    text = dict.fromkeys(card._PARTS, {}) | {"metrics": found}
+    text["num_samples"] = self._num
     self._card(loaded.step).write_text(json.dumps(text))
     return {"metrics": found}
 
@@ -149,6 +150,31 @@ def test_the_best_by_distance_stays(data_dir, tmp_path):
       )
       assert train(config, tmp_path, data_dir)
       assert checkpoint.list_steps(tmp_path) == [2, total]
+
+
+@pytest.mark.parametrize(
+  "metrics, num, expected",
+  [
+    (
+      {"frechet_digits": 3.0, "more": 1.0},
+      20,
+      {"frechet_digits": 3.0, "more": 1.0},
+    ),
+    ({"frechet_digits": 3.0}, 19, {}),
+    ({"frechet_pixels": 3.0}, 20, {}),
+  ],
+)
+def test_a_card_of_another_measure_is_no_score(
+  metrics, num, expected, tmp_path
+):
+  """As of an earlier start, before config.evaluation was changed."""
+  evaluator = in_loop.Evaluator.__new__(in_loop.Evaluator)
+  evaluator.folder = tmp_path
+  evaluator._num, evaluator._metrics = 20, ("frechet_digits",)
+  found = dict.fromkeys(card._PARTS, {}) | {"metrics": metrics}
+  card.write(evaluator._card(3), found | {"num_samples": num})
+  assert evaluator.find(3) == expected
+  assert evaluator.find(4) == {}
 
 
 def test_mistakes_show_before_training(data_dir, tmp_path):
