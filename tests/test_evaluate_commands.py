@@ -129,8 +129,9 @@ def test_samples_that_are_never_written_score_the_same(
   assert set(direct["metrics"]) == {"fid", "inception_score"}
   for name, value in direct["metrics"].items():
     np.testing.assert_allclose(value, found["metrics"][name], rtol=1e-6)
-  assert card.deciding(direct["samples"])["sampling"] == (
-    card.deciding(found["samples"])["sampling"]
+  assert (
+    card.deciding(direct["samples"])["sampling"]
+    == (card.deciding(found["samples"])["sampling"])
   )
   table = commands.succeed(
     f"evaluate --compare {place}/card.json {place}/direct.json"

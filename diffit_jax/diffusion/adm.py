@@ -37,6 +37,16 @@ By (1)-(3) the two means differ by
 which needs no x_t, cancels no digits where the step is small, and at t = 0,
 where c1 = 1 and c2 = 0, is also x_0 less the model's mean, all that (8) needs.
 
+The normal distribution function in P is taken to be a tanh, hence the logistic
+function s of
+
+  z(x) = 2 sqrt(2/pi) (x + 0.044715 x^3),                           (12)
+
+and for the edges u > l of a bin, in standard deviations, a = z(u), b = z(l),
+
+  ln(s(a) - s(b)) = ln s(a) + ln s(-b) + ln(1 - e^(b-a))            (13)
+  a - b = 2 sqrt(2/pi) (u - l) (1 + 0.044715 (u^2 + u l + l^2)).    (14)
+
 Respacing keeps some of the steps and rebuilds all tables from the betas that
 join them,
 
@@ -48,6 +58,7 @@ on the host, and float32 (float64 for float64 arrays) where they are indexed.
 
 from collections.abc import Callable
 import dataclasses
+import math
 import re
 
 import jax
@@ -55,6 +66,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax.errors import UserError
+
+_LOGIT, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715  # of (12)
+_LEAST_LOG_MASS = math.log(1e-12)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,12 +133,14 @@ class Schedule:
     x0, x_t = _at_least_float32(x0), _at_least_float32(x_t)
     return _at(self.c1, t, x0) * x0 + _at(self.c2, t, x_t) * x_t
 
-  def log_variance(self, v: jax.Array, t: jax.Array) -> jax.Array:
-    """ln sigma^2 of (5): v [b, h, w, c], nominally in [-1, 1], t [b]."""
+  def log_ratio(self, v: jax.Array, t: jax.Array) -> jax.Array:
+    """ln of the model's variance (5) over (4): v [b, h, w, c], t [b].
+
+    The two come within 1e-6, which float32 logarithms of up to 10 would lose.
+    """
     v = _at_least_float32(v)
-    return interpolate_log_variance(
-      v, _at(self.log_betas, t, v), _at(self.posterior_log_variance, t, v)
-    )
+    range_ = self.log_betas - self.posterior_log_variance
+    return (v + 1) / 2 * _at(range_, t, v)
 
   def losses(
     self,
@@ -151,14 +167,15 @@ class Schedule:
     mse = _mean_per_sample((noise - eps) ** 2)
     if v is None:
       return {"mse": mse, "loss": mse}
-    log_variance = self.log_variance(v, t)
-    difference = _at(self.c1 * np.sqrt(1 / self.alphas_cumprod - 1), t, x0) * (
-      jax.lax.stop_gradient(eps) - noise
+    # In units of the posterior's std, so that no logarithm is large.
+    std = np.exp(self.posterior_log_variance / 2)
+    scale = self.c1 * np.sqrt(1 / self.alphas_cumprod - 1) / std
+    difference = _at(scale, t, x0) * (jax.lax.stop_gradient(eps) - noise)
+    log_ratio = self.log_ratio(v, t)
+    kl = normal_kl(difference, 0.0, log_ratio)
+    nll = -discretized_log_likelihood(
+      x0, difference, log_ratio, _at(std, t, x0)
     )
-    kl = normal_kl(
-      difference, _at(self.posterior_log_variance, t, x0), log_variance
-    )
-    nll = -discretized_log_likelihood(x0, difference, log_variance)
     is_first = (jnp.asarray(t) == 0)[:, None, None, None]
     vb = _mean_per_sample(jnp.where(is_first, nll, kl)) / np.log(2)
     return {"mse": mse, "vb": vb, "loss": mse + vb}
@@ -363,38 +380,63 @@ def normal_kl(
 ) -> jax.Array:
   """KL(N(m1, e^l1) | N(m2, e^l2)) in nats from m1 - m2, l1 and l2."""
   return 0.5 * (
-    log_variance_2
-    - log_variance_1
-    + jnp.expm1(log_variance_1 - log_variance_2)
+    _beyond_linear(log_variance_2 - log_variance_1)
     + difference**2 * jnp.exp(-log_variance_2)
   )
 
 
+_SERIES = [(-1) ** k / math.factorial(k) for k in range(13, 1, -1)] + [0, 0]
+
+
+@jax.custom_jvp
+def _beyond_linear(x: jax.Array) -> jax.Array:
+  """e^-x - 1 + x, about x^2 / 2, and its gradient 1 - e^-x, with all digits."""
+  small = jnp.polyval(jnp.asarray(_SERIES, x.dtype), x)
+  return jnp.where(jnp.abs(x) < 1, small, jnp.expm1(-x) + x)
+
+
+@_beyond_linear.defjvp
+def _beyond_linear_jvp(primals, tangents):
+  (x,), (dx,) = primals, tangents
+  return _beyond_linear(x), -jnp.expm1(-x) * dx
+
+
 def discretized_log_likelihood(
-  x0: jax.Array, difference: jax.Array, log_variance: jax.Array
+  x0: jax.Array,
+  difference: jax.Array,
+  log_variance: jax.Array,
+  unit: jax.Array | float = 1.0,
 ) -> jax.Array:
   """ln of the mass that N(mean, e^log_variance) puts on x0's bin (8), in nats.
 
   Bins are x0 +- 1/255; beyond +-0.999 they reach to infinity. The normal
-  distribution function is approximated by a tanh, as in the published loss, and
-  the mass is at least 1e-12.
+  distribution function is approximated by a tanh, as in the published loss,
+  which is the logistic function s of (12), and the logarithm is at least that
+  of 1e-12. In logarithms (13) nothing cancels, however small the mass; nor does
+  it in b - a, of which only the factored form (14) is computed.
 
   Args:
     x0: [b, h, w, c].
-    difference: [b, h, w, c] x0 - mean.
-    log_variance: [b, h, w, c].
+    difference: [b, h, w, c] x0 - mean, in units of `unit`.
+    log_variance: [b, h, w, c], in units of its square.
+    unit: [b, 1, 1, 1] or a number.
   """
   scale = jnp.exp(-0.5 * log_variance)
-  above = _normal_cdf(scale * (difference + 1 / 255))
-  below = _normal_cdf(scale * (difference - 1 / 255))
-  mass = jnp.where(
-    x0 < -0.999, above, jnp.where(x0 > 0.999, 1 - below, above - below)
+  middle, half = scale * difference, scale / (255 * unit)
+  upper, lower = _logit(middle + half), _logit(middle - half)
+  width = 2 * half * _LOGIT * (1 + _CUBIC * (3 * middle**2 + half**2))  # (14)
+  # Every part is finite in every bin, so that no gradient is 0 times infinity.
+  log_mass = (
+    jnp.where(x0 > 0.999, 0, jax.nn.log_sigmoid(upper))
+    + jnp.where(x0 < -0.999, 0, jax.nn.log_sigmoid(-lower))
+    + jnp.where(jnp.abs(x0) > 0.999, 0, jax.nn.log1mexp(width))
   )
-  return jnp.log(jnp.maximum(mass, 1e-12))
+  return jnp.maximum(log_mass, _LEAST_LOG_MASS)
 
 
-def _normal_cdf(x: jax.Array) -> jax.Array:
-  return 0.5 * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+def _logit(x: jax.Array) -> jax.Array:
+  """z of (12)."""
+  return _LOGIT * (x + _CUBIC * x**3)
 
 
 def _at(table: np.ndarray, t: jax.Array, like: jax.Array) -> jax.Array:
@@ -409,4 +451,5 @@ def _at_least_float32(x: jax.Array) -> jax.Array:
 
 
 def _mean_per_sample(x: jax.Array) -> jax.Array:
-  return jnp.mean(x, axis=(1, 2, 3))
+  # By axis: the sum of thousands in one row, as of a small batch, loses digits.
+  return x.mean(axis=3).mean(axis=2).mean(axis=1)

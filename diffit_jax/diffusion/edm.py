@@ -112,9 +112,7 @@ def loss(
   return weighted_error(D, y, loss_weight(sigma, sigma_data))
 
 
-def weighted_error(
-  D: jax.Array, y: jax.Array, weight: jax.Array
-) -> jax.Array:
+def weighted_error(D: jax.Array, y: jax.Array, weight: jax.Array) -> jax.Array:
   """[b] weights times the squared error, summed over each image."""
   error = at_least_float32(D) - at_least_float32(y)
   return weight * jnp.sum(error**2, axis=(1, 2, 3))

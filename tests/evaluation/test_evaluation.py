@@ -127,8 +127,8 @@ class TestNumbers:
     assert found["precision_pixels"] == inside(fake, real)
     assert found["recall_pixels"] == inside(real, fake)
     kernel = lambda x, y: (x.astype(np.float64) @ y.T / 192 + 1) ** 3
-    within = lambda x: (kernel(x, x).sum() - np.trace(kernel(x, x))) / (
-      len(x) * (len(x) - 1)
+    within = lambda x: (
+      (kernel(x, x).sum() - np.trace(kernel(x, x))) / (len(x) * (len(x) - 1))
     )
     np.testing.assert_allclose(
       found["kernel_pixels"],
