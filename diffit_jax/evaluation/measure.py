@@ -8,6 +8,7 @@ from collections.abc import Collection
 import dataclasses
 import os
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -214,8 +215,11 @@ def partial_file(
 
 def remove_partial(stem: pathlib.Path) -> None:
   """Deletes what was kept for going on, once the card is written."""
-  if runtime.is_first():
-    for path in stem.parent.glob(f"{stem.name}.*.partial"):
+  if not runtime.is_first():
+    return
+  ours = re.compile(rf"{re.escape(stem.name)}\.(reference|samples\d+)\.partial")
+  for path in stem.parent.iterdir():
+    if ours.fullmatch(path.name):
       path.unlink(missing_ok=True)
 
 

@@ -305,7 +305,8 @@ def _drop_torn_entry(folder: str) -> None:
   path = epath.Path(folder)
   if folder.startswith("gs://") or not path.is_dir():
     return  # objects in a bucket are whole or not there
-  entries = sorted(path.glob("*-cache"), key=lambda entry: entry.stat().mtime)
+  entries = [p for p in path.iterdir() if p.name.endswith("-cache")]
+  entries.sort(key=lambda entry: entry.stat().mtime)
   for entry in entries[-1:]:
     try:
       decompress(entry.read_bytes())

@@ -32,6 +32,7 @@ from diffit_jax.training import (
   optimizer,
   source,
   state,
+  storage,
   timing,
   workdir,
 )
@@ -104,6 +105,7 @@ def train(
 
 def _start(config, directory, data_dir, devices, vae) -> "_Run":
   """Checks all that can be wrong, claims the workdir, and restores."""
+  runtime.together(lambda: storage.check_name(directory))
   runtime.check_same("config", config.to_json_best_effort())
   program = program_lib.build(config, devices)
   runtime.together(lambda: attention_probe.probe_config(config))

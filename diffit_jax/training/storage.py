@@ -186,6 +186,26 @@ def absolute(path: str | os.PathLike) -> epath.Path:
   return epath.Path(text if "://" in text else os.path.abspath(text))
 
 
+def check_name(path: str | os.PathLike) -> None:
+  """Refuses a folder from which no step could be read again.
+
+  Orbax joins the parts of a step that it finds by the pattern `<absolute
+  path>/ocdbt.process_*`, and only warns where it finds none. Reading takes the
+  path as it is.
+
+  Args:
+    path: of a folder that steps are to be saved below.
+  """
+  full = str(absolute(path))
+  found = sorted(set(full) & set("*?["))
+  if found:
+    raise UserError(
+      f"cannot train in {full}: {' and '.join(found)} is taken for a pattern"
+      " when checkpoints are saved, and none could be read again; use a"
+      " --workdir whose whole path has no * ? ["
+    )
+
+
 def list_steps(directory: epath.Path) -> list[int]:
   """Complete steps, oldest first, of a folder that may be missing."""
   if not directory.is_dir():

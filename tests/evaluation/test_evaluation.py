@@ -185,7 +185,9 @@ class TestNumbers:
 
 class TestStops:
   def test_a_stopped_collection_goes_on_to_the_same_bits(self, tmp_path):
-    space, path = spaces.pixels_space(), tmp_path / "card.json"
+    space, path = spaces.pixels_space(), tmp_path / "card[1] *.json"
+    other = tmp_path / "card1 of another.json.samples0.partial"
+    other.touch()  # matches the path as a pattern
     undisturbed = score(space, batch_size=8)
     for stop_after in (1, 2, 1):
       left = [stop_after]
@@ -206,14 +208,15 @@ class TestStops:
           partial=path,
         )
         job.evaluate(compared, samples, num=40, partial=path)
-    assert len(list(tmp_path.iterdir())) == 1  # of the reference so far
+    of_reference = f"{path.name}.reference.partial"
+    assert {p.name for p in tmp_path.iterdir()} == {of_reference, other.name}
     collector = Collector(space, mesh_of(1), batch_size=8)
     compared = measure.make_measure(
       collector, reference.read_reference(REAL), samples.shape, partial=path
     )
     found = job.evaluate_to_file(compared, samples, path, num=40, repeats=1)
     assert found["metrics"] == undisturbed["metrics"]
-    assert [p.name for p in tmp_path.iterdir()] == ["card.json"]
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, other.name}
     written = path.stat().st_mtime_ns
     job.evaluate_to_file(compared, samples, path, num=40, repeats=1)
     assert path.stat().st_mtime_ns == written  # read, not made again

@@ -220,12 +220,14 @@ def test_the_compilation_cache_of_the_user_wins(jax_config, tmp_path):
 @pytest.mark.parametrize("size", [None, 0, 10, -1])
 def test_a_torn_entry_of_the_compilation_cache_goes(size, jax_config, tmp_path):
   whole = compilation_cache.compress_executable(bytes(range(256)) * 9)
-  (tmp_path / "a-cache").write_bytes(whole)
-  (tmp_path / "b-cache").write_bytes(whole[:size])
-  os.utime(tmp_path / "a-cache", (1, 1))
-  runtime.use_compilation_cache(str(tmp_path))
+  folder = tmp_path / "of run[1]"  # no pattern
+  folder.mkdir()
+  (folder / "a-cache").write_bytes(whole)
+  (folder / "b-cache").write_bytes(whole[:size])
+  os.utime(folder / "a-cache", (1, 1))
+  runtime.use_compilation_cache(str(folder))
   kept = ["a-cache"] if size is not None else ["a-cache", "b-cache"]
-  assert sorted(p.name for p in tmp_path.iterdir()) == kept
+  assert sorted(p.name for p in folder.iterdir()) == kept
 
 
 class Protocol:

@@ -160,6 +160,21 @@ def test_another_run_in_the_workdir_is_refused(copy, data_dir):
   assert (copy / "config.json").read_text() == before
 
 
+@pytest.mark.parametrize(
+  "here, workdir, found",
+  [("x", "runs/lr[1e-4]", r"\["), ("a*b", "run", r"\*"), ("x", "a?", r"\?")],
+)
+def test_a_pattern_in_the_path_is_refused_before_anything_is_made(
+  here, workdir, found, data_dir, tmp_path, monkeypatch
+):
+  """Orbax globs the absolute path, so the current folder counts as well."""
+  (tmp_path / here).mkdir()
+  monkeypatch.chdir(tmp_path / here)
+  with pytest.raises(UserError, match=rf"^cannot train in /.*: {found} is"):
+    loop.train(small(), workdir, data_dir, devices=one_device())
+  assert [*tmp_path.rglob("*")] == [tmp_path / here]
+
+
 def test_other_data_of_the_same_name_are_refused(copy, data_dir, tmp_path):
   other = tmp_path / "data"
   shutil.copytree(data_dir, other)
