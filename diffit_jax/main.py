@@ -44,8 +44,8 @@ _LIST = flags.DEFINE_bool(
 _PROFILE_STEPS = flags.DEFINE_string(
   "profile_steps",
   None,
-  "FIRST:END, as 10:13: traces these steps into the workdir's folder profile,"
-  " for TensorBoard or XProf.",
+  "FIRST:END, as 10:13: traces these steps into <workdir>/plugins/profile, for"
+  " `tensorboard --logdir=<workdir>` or `xprof <workdir>`.",
 )
 _INCEPTION = cli.define_inception_flag()
 _RUNTIME = cli.define_runtime_flags()

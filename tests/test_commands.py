@@ -32,7 +32,9 @@ def workdir(tmp_path_factory, data_dir):
 
 
 def test_a_trace_is_written_beside_the_run(workdir):
-  (trace,) = (workdir / "profile").rglob("*.xplane.pb")
+  (trace,) = workdir.rglob("*.xplane.pb")
+  plugins, profile, _, _ = trace.relative_to(workdir).parts  # what XProf wants
+  assert (plugins, profile) == ("plugins", "profile")
   assert trace.stat().st_size > 1000
   assert not re.search(rb"\$\w+\.py:\d+", trace.read_bytes())  # Python's calls
 

@@ -79,7 +79,8 @@ def train(
     devices: to train on; None is all there are.
     vae: diffusers folder of the VAE of a latent model, which encodes images on
       the fly and decodes sample grids.
-    profile_steps: steps to trace into `<directory>/profile`, counted from 1.
+    profile_steps: steps to trace into `<directory>/plugins/profile`, counted
+      from 1.
     make_evaluator: (model, config, mesh, codec, should_stop) -> Evaluator, for
       a score every `config.evaluate_every_steps`; None for no scores.
 
@@ -92,7 +93,7 @@ def train(
     try:
       run.use_hooks(make_sampler, make_evaluator, lambda: stop.requested)
       run.profile = timing.Profile(
-        profile_steps, run.directory / "profile", run.watchdog.patient
+        profile_steps, run.directory, run.watchdog.patient
       )
       return run.loop(stop)
     except UserError as error:

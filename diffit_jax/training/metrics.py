@@ -5,15 +5,12 @@ TensorBoard files, with every accelerator hidden from it, and on process 0 only:
 it takes seconds.
 """
 
-from collections.abc import Iterator
-import contextlib
 import io
 import os
 
 import jax
 import numpy as np
 
-from diffit_jax.errors import UserError
 from diffit_jax.sampling.images import page
 from diffit_jax.training import workdir
 
@@ -30,25 +27,14 @@ class Writer:
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """Writes scalars of one step."""
     if self._writer is not None:
-      with self._writing():
+      with workdir.writing(self._directory):
         self._writer.write_scalars(step, values)
 
   def text(self, name: str, content: str) -> None:
     """Writes a text file into the workdir."""
     if self._writer is not None:
-      with self._writing():
+      with workdir.writing(self._directory):
         (self._directory / name).write_text(content + "\n")
-
-  @contextlib.contextmanager
-  def _writing(self) -> Iterator[None]:
-    """Turns what the file system refuses into one sentence."""
-    try:
-      yield
-    except OSError as error:
-      raise UserError(
-        f"cannot write to the workdir {self._directory}: {error}; checkpoints"
-        " are kept: free some space, then run the same command again"
-      ) from error
 
   def images(self, step: int, name: str, images: np.ndarray) -> None:
     """Writes uint8 [n, h, w, c] images as one grid, PNG and TensorBoard."""
@@ -56,7 +42,7 @@ class Writer:
       return
     grid = page(images)
     folder = self._directory / "samples"
-    with self._writing():
+    with workdir.writing(self._directory):
       folder.mkdir(parents=True, exist_ok=True)
       path = folder / f"{name}_{step:08d}.png"
       workdir.write_whole(path, _png(grid))

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import os
+import pathlib
 import sys
+import tempfile
 import time
 
 from absl import logging
@@ -11,6 +13,8 @@ from etils import epath
 import jax
 
 from diffit_jax.errors import UserError
+from diffit_jax.parallel import runtime
+from diffit_jax.training import workdir
 
 PARTS = ("data_wait", "checkpoint")
 
@@ -83,57 +87,75 @@ def parse_steps(text: str | None) -> range:
 class Profile:
   """Traces some steps of a run for TensorBoard's profile page and XProf.
 
-  Each process writes `<folder>/plugins/profile/<time>/<host>.xplane.pb`; of
-  several processes each has a folder of its own, process_0 and so on.
+  A trace is one folder, `<workdir>/plugins/profile/<time>`, with one
+  `<host>.xplane.pb` (of several processes: `process_<i>.xplane.pb` each), which
+  is where their plugin looks for it: `tensorboard --logdir=<workdir>`, `xprof
+  <workdir>`. The profiler writes to the local disk, and the files go to the
+  workdir from there.
   """
 
   def __init__(
     self,
     steps: range,
-    folder: str | os.PathLike,
+    directory: str | os.PathLike,
     patient: Callable[[], contextlib.AbstractContextManager],
   ):
-    """Traces nothing yet.
+    """Traces nothing yet; of several processes, each has to call this.
 
     Args:
       steps: counted as in the logs: step 1 is the run's first.
-      folder: for the traces.
+      directory: the workdir.
       patient: entered while the profiler starts or writes, which takes long.
 
     Raises:
       UserError: there are steps to trace, and this process cannot.
     """
+    now = time.strftime("%Y_%m_%d_%H_%M_%S")
+    self._time = runtime.from_first(lambda: now)
     if steps:
       _check_profiler()
-    self._steps, self._patient, self._active = steps, patient, False
-    self._folder = epath.Path(folder)
-    if jax.process_count() > 1:
-      self._folder /= f"process_{jax.process_index()}"
+    self._steps, self._patient = steps, patient
+    self._directory = workdir.path_of(directory)
+    self._local = None  # where the profiler writes while it is at work
 
   def before(self, step: int) -> None:
     """Starts the trace where `step`, about to be run, is one of them."""
-    if not self._active and step in self._steps:
-      self._active = True
+    if self._local is None and step in self._steps:
+      self._local = tempfile.TemporaryDirectory(prefix="trace_")
       with self._patient():
         options = jax.profiler.ProfileOptions()
         # Python's calls are not traced: where a save is under way, threads that
         # enter Python meanwhile can crash the process as such a trace ends.
         options.python_tracer_level = 0
-        jax.profiler.start_trace(str(self._folder), profiler_options=options)
+        jax.profiler.start_trace(self._local.name, profiler_options=options)
 
   def after(self, step: int, state) -> None:
     """Ends the trace after the last of them, once `state` is computed."""
-    if self._active and step + 1 not in self._steps:
+    if self._local is not None and step + 1 not in self._steps:
       with self._patient():
         jax.block_until_ready(state)
         self.close()
 
   def close(self) -> None:
     """Ends the trace if it is under way."""
-    if self._active:
-      self._active = False
-      jax.profiler.stop_trace()
-      logging.info("wrote a trace to %s", self._folder)
+    if self._local is not None:
+      local, self._local = self._local, None
+      with local:
+        jax.profiler.stop_trace()
+        self._publish(pathlib.Path(local.name))
+
+  def _publish(self, local: pathlib.Path) -> None:
+    """Puts what the profiler wrote into the trace's folder."""
+    target = self._directory / "plugins" / "profile" / self._time
+    several = jax.process_count() > 1  # which may share a host's name
+    with workdir.writing(self._directory):
+      target.mkdir(parents=True, exist_ok=True)
+      for ending in ("xplane.pb", "trace.json.gz"):
+        for file in local.glob(f"plugins/profile/*/*.{ending}"):
+          name = f"process_{jax.process_index()}.{ending}"
+          path = target / (name if several else file.name)
+          epath.Path(file).copy(path, overwrite=True)
+    logging.info("wrote a trace to %s", target)
 
 
 def _check_profiler() -> None:

@@ -1,6 +1,7 @@
 """The folder of a run: its config, and whether a config may continue it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import importlib.util
 import json
 import os
@@ -65,6 +66,22 @@ def write_whole(path: epath.Path, content: bytes) -> None:
   partial = path.with_name(f"{path.name}.partial")
   partial.write_bytes(content)
   partial.replace(path)
+
+
+@contextlib.contextmanager
+def writing(workdir: str | os.PathLike) -> Iterator[None]:
+  """Turns what the file system refuses into one sentence.
+
+  Raises:
+    UserError: names the workdir.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise UserError(
+      f"cannot write to the workdir {workdir}: {error}; checkpoints are kept:"
+      " free some space, then run the same command again"
+    ) from error
 
 
 def check(

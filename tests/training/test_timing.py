@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import pathlib
 import sys
 import time
 
@@ -78,6 +79,38 @@ def test_the_trace_covers_the_steps(
     profile.after(step, ())
   profile.close()
   assert seen == traced
+
+
+def test_traces_of_all_processes_make_one_run_of_the_profile_page(
+  monkeypatch, tmp_path
+):
+  """Two processes on one host, each of which the profiler calls `host.dom`."""
+  profiler, folders = timing.jax.profiler, []
+
+  def write(content):
+    target = pathlib.Path(folders[-1]) / "plugins" / "profile" / "its own time"
+    target.mkdir(parents=True)
+    (target / "host.dom.xplane.pb").write_text(content)
+
+  monkeypatch.setattr(
+    profiler, "start_trace", lambda folder, **_: folders.append(folder)
+  )
+  monkeypatch.setattr(timing.jax, "process_count", lambda: 2)
+  monkeypatch.setattr(timing.runtime, "from_first", lambda call: "10_20")
+  for index in range(2):
+    monkeypatch.setattr(timing.jax, "process_index", lambda i=index: i)
+    monkeypatch.setattr(profiler, "stop_trace", lambda i=index: write(f"{i}"))
+    profile = timing.Profile(range(3, 5), tmp_path, contextlib.nullcontext)
+    profile.before(3)
+    profile.close()
+  written = [path for path in tmp_path.rglob("*") if path.is_file()]
+  assert {
+    str(path.relative_to(tmp_path)): path.read_text() for path in written
+  } == {
+    "plugins/profile/10_20/process_0.xplane.pb": "0",
+    "plugins/profile/10_20/process_1.xplane.pb": "1",
+  }
+  assert not any(pathlib.Path(folder).exists() for folder in folders)
 
 
 @pytest.mark.parametrize("asked_for", ["", "cpu"])

@@ -175,8 +175,9 @@ def test_the_command_on_two_processes(data_dir, tmp_path):
     "samples_edm_00000004.png",
   ]
   assert len(list((folder / "tensorboard").glob("events*"))) == 2
-  traces = list((folder / "profile").rglob("*.xplane.pb"))
-  assert {p.relative_to(folder / "profile").parts[0] for p in traces} == {
-    "process_0",
-    "process_1",
+  traces = list((folder / "plugins" / "profile").glob("*/*.xplane.pb"))
+  assert len({trace.parent for trace in traces}) == 1  # one run of XProf's
+  assert {trace.name for trace in traces} == {
+    "process_0.xplane.pb",
+    "process_1.xplane.pb",
   }
