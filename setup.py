@@ -20,7 +20,7 @@ setuptools.setup(
   install_requires=[
     "absl-py>=2.1",
     "array_record>=0.8.1; sys_platform != 'win32'",
-    "clu>=0.0.12",
+    "clu>=0.0.12",  # the table of parameters
     "einops>=0.8",
     "etils[epath]>=1.7",
     "flax>=0.12.8",
@@ -45,7 +45,7 @@ setuptools.setup(
   extras_require={
     "tpu": ["jax[tpu]>=0.10.0"],
     "cuda": ["jax[cuda13]>=0.10.0"],
-    "gcp": ["gcsfs>=2024.6"],  # workdirs and data in gs:// buckets
+    "gcp": ["gcsfs>=2024.6"],  # workdirs in gs:// buckets
     "plan": ["libtpu>=0.0.30"],
     "test": _TEST,
   },

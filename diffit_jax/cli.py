@@ -57,7 +57,6 @@ def _is_ours_or_a_warning(record) -> bool:
   return (
     record.levelno >= stdlib_logging.WARNING
     or record.pathname.startswith(ours)
-    or f"{os.sep}clu{os.sep}" in record.pathname
   )
 
 

@@ -69,6 +69,7 @@ def main() -> int:
   from diffit_jax.parallel import runtime
   from diffit_jax.training import timing
   from diffit_jax.training.loop import train
+  from diffit_jax.training.workdir import path_of
 
   make_evaluator = None
   if config.get("evaluate_every_steps"):
@@ -84,7 +85,7 @@ def main() -> int:
   SamplerOptions.from_config(config)  # a mistake in it would show late
   profile_steps = timing.parse_steps(_PROFILE_STEPS.value)
   with _RUNTIME.joined():
-    runtime.use_compilation_cache(f"{workdir}/compilation_cache")
+    runtime.use_compilation_cache(f"{path_of(workdir)}/compilation_cache")
     finished = train(
       config,
       workdir,

@@ -18,7 +18,6 @@ import signal
 import sys
 
 PRELOADED = (
-  "clu.metric_writers",
   "diffit_jax.autoencoder.codec",
   "diffit_jax.evaluation.card",
   "diffit_jax.generation.job",

@@ -123,9 +123,11 @@ def test_help_comes_at_once():
   assert min(took) < 1
 
 
-def test_sampling_and_export_never_import_tensorflow():
+def test_training_sampling_and_export_never_import_tensorflow(tmp_path):
   code = (
-    "import diffit_jax.generation.job, diffit_jax.generation.weights,"
+    "import diffit_jax.training.loop, diffit_jax.training.metrics as metrics;"
+    f" writer = metrics.Writer('{tmp_path}'); writer.scalars(1, dict(a=1.0));"
+    " import diffit_jax.generation.job, diffit_jax.generation.weights,"
     " diffit_jax.interop.files, diffit_jax.training.checkpoint,"
     " diffit_jax.autoencoder.codec, diffit_jax.evaluation.job,"
     " diffit_jax.evaluation.measure, diffit_jax.evaluation.samples"

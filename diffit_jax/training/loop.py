@@ -331,6 +331,7 @@ class _Run:
   def _save(self) -> None:
     self._check_params()
     with self.clock.waiting("checkpoint"):
+      self.writer.flush()
       self.snapshots.wait()
       self.checkpoints.save(
         self.step, self.state, self.config.batch_size, self.metrics

@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import runtime
-from diffit_jax.training import integrity
+from diffit_jax.training import buckets, integrity
 
 T = TypeVar("T")
 _SUMS = "checksums"
@@ -143,7 +143,7 @@ class StepFolder:
           if target.exists():
             target.rmtree()
           source.rename(target)
-        except OSError as error:
+        except buckets.failures(self.directory) as error:
           raise UserError(
             f"cannot move the damaged {source} to {target} ({error}): move or"
             " delete it, then run the same command again"
@@ -170,7 +170,11 @@ class StepFolder:
     """Turns what the file system refuses while saving into one sentence."""
     try:
       yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except (
+      *buckets.failures(self.directory),
+      ValueError,
+      RuntimeError,
+    ) as error:
       what = f"a {self._kind}" if step is None else f"{self._kind} {step}"
       reason = str(error).split(": ")[-1].split(" [")[0][:200]  # not the paths
       raise UserError(

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 import contextlib
-import importlib.util
 import json
 import os
 
@@ -10,6 +9,7 @@ from etils import epath
 from ml_collections import config_dict
 
 from diffit_jax.errors import UserError
+from diffit_jax.training import buckets
 from diffit_jax.training.checkpoint import list_steps
 
 # What decides a run's numbers. Mesh, logging, intervals, sampler and total
@@ -46,23 +46,16 @@ def path_of(workdir: str | os.PathLike) -> epath.Path:
     UserError: a bucket that cannot be reached from here.
   """
   path = epath.Path(workdir)
-  if not str(path).startswith("gs://"):
-    return path
-  if importlib.util.find_spec("gcsfs") is None:
-    raise UserError(
-      f"{workdir} needs gcsfs: pip install 'diffit_jax[gcp]', or '.[gcp]' in"
-      " a checkout"
-    )
-  try:
-    path.exists()
-  except Exception as error:  # of whichever library reads the bucket
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise UserError(f"cannot reach {workdir}: {reason}") from error
+  if buckets.is_bucket(path):
+    buckets.check(path)
   return path
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:
   """Writes a file of which a reader never sees a part."""
+  if buckets.is_bucket(path):
+    path.write_bytes(content)
+    return
   partial = path.with_name(f"{path.name}.partial")
   partial.write_bytes(content)
   partial.replace(path)
@@ -77,10 +70,11 @@ def writing(workdir: str | os.PathLike) -> Iterator[None]:
   """
   try:
     yield
-  except OSError as error:
+  except buckets.failures(epath.Path(workdir)) as error:
     raise UserError(
-      f"cannot write to the workdir {workdir}: {error}; checkpoints are kept:"
-      " free some space, then run the same command again"
+      f"cannot write to the workdir {workdir}: {buckets.first_line(error)};"
+      " checkpoints are kept: free some space, or mend rights or credentials,"
+      " then run the same command again"
     ) from error
 
 
@@ -141,14 +135,10 @@ def claim(
   path = path_of(workdir) / "config.json"
   resolved = json.loads(config.to_json_best_effort())
   resolved[DATA] = dict(data)
-  try:
+  text = json.dumps(resolved, indent=2, sort_keys=True) + "\n"
+  with writing(workdir):
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(resolved, indent=2, sort_keys=True) + "\n"
     write_whole(path, text.encode())
-  except OSError as error:
-    raise UserError(
-      f"cannot write to the workdir {workdir}: {error}"
-    ) from error
 
 
 def _differences(old, new, path: str = "") -> list[str]:

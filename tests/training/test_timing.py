@@ -161,26 +161,6 @@ def test_a_failed_save_in_the_background_stops_the_run_at_the_next_step(
   assert len(checks) == 3
 
 
-def test_a_bucket_without_gcsfs_is_refused(monkeypatch):
-  monkeypatch.setattr(workdir.importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(UserError, match=r"gs://b/run needs gcsfs: .*\[gcp\]"):
-    workdir.path_of("gs://b/run")
-
-
-def test_a_bucket_that_cannot_be_reached_is_one_sentence(monkeypatch):
-  monkeypatch.setattr(workdir.importlib.util, "find_spec", lambda name: True)
-
-  def exists(self):
-    raise RuntimeError("no credentials\nand much more")
-
-  monkeypatch.setattr(workdir.epath.Path, "exists", exists, raising=False)
-  monkeypatch.setattr(
-    type(workdir.epath.Path("gs://b")), "exists", exists, raising=False
-  )
-  with pytest.raises(UserError, match="^cannot reach gs://b/run: no credent"):
-    workdir.path_of("gs://b/run")
-
-
 def test_a_file_is_whole_or_not_there(tmp_path):
   path = workdir.path_of(tmp_path) / "file"
   workdir.write_whole(path, b"1")
