@@ -39,7 +39,10 @@ _CLOCK = "demo_train_seconds.json"
 
 
 def main() -> int:
+  from diffit_jax.parallel import platforms
+
   start = time.monotonic()
+  platforms.wake()
   workdir = pathlib.Path(_WORKDIR.value or f"runs/{_CONFIG.value}")
   print(f"DiffiT on scikit-learn's digits, in {workdir}", flush=True)
   config = config_files.ours(_CONFIG.value).get_config(_CONFIG_ARG.value)

@@ -202,7 +202,9 @@ def _load_encoder():
   from diffit_jax.autoencoder import load_autoencoder
   from diffit_jax.data.builders import imagenet_latents
   from diffit_jax.parallel import mesh as mesh_lib
+  from diffit_jax.parallel import platforms
 
+  platforms.wake()
   vae = load_autoencoder(_VAE.value, chunk_size=_BATCH_SIZE.value)
   mesh = mesh_lib.make_mesh(devices=jax.local_devices())
   params = jax.device_put(vae.params, mesh_lib.replicated(mesh))

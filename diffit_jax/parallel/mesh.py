@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from diffit_jax.errors import UserError
+from diffit_jax.parallel import platforms
 
 AXES = ("data", "fsdp")
 
@@ -36,9 +37,9 @@ def make_mesh(
     A mesh with axes ("data", "fsdp"). Batches are split over both.
 
   Raises:
-    UserError: the numbers do not go together.
+    UserError: the numbers do not go together, or there are no such devices.
   """
-  devices = jax.devices() if devices is None else devices
+  devices = platforms.wake() if devices is None else devices
   if num_devices not in (0, len(devices)):
     raise UserError(
       f"mesh.num_devices={num_devices} but there are {len(devices)}"

@@ -25,6 +25,7 @@ import numpy as np
 
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import mesh as mesh_lib
+from diffit_jax.parallel import platforms
 from diffit_jax.parallel.cluster import Cluster, detect, has_tpu
 
 __all__ = [
@@ -66,12 +67,15 @@ def joined(
       ends all the others, with JAX's words for it.
 
   Raises:
-    UserError: they did not come, or something in the block failed.
+    UserError: they did not come, the devices that were asked for are not
+      there, or something in the block failed.
   """
   if cluster.kind == "alone":
+    platforms.wake()
     yield
     return
   _initialize(cluster, timeout, heartbeat_timeout)
+  platforms.wake()
   logging.info(
     "process %d of %d: %d local devices, %d global devices",
     jax.process_index(),
