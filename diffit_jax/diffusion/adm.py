@@ -177,7 +177,7 @@ class Schedule:
       x0, difference, log_ratio, _at(std, t, x0)
     )
     is_first = (jnp.asarray(t) == 0)[:, None, None, None]
-    vb = _mean_per_sample(jnp.where(is_first, nll, kl)) / np.log(2)
+    vb = _mean_per_sample(jnp.where(is_first, nll, kl)) / math.log(2)
     return {"mse": mse, "vb": vb, "loss": mse + vb}
 
 
@@ -344,7 +344,7 @@ def sampling_schedule(
 
 def sample_timesteps(keys: jax.Array, num_steps: int = 1000) -> jax.Array:
   """Training steps, uniform, one per sample: keys [b] -> [b] int32."""
-  draw = lambda key: jax.random.randint(key, (), 0, num_steps)
+  draw = lambda key: jax.random.randint(key, (), 0, num_steps, jnp.int32)
   return jax.vmap(draw)(keys)
 
 

@@ -41,6 +41,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffit_jax.diffusion.edm import at_least_float32
 from diffit_jax.errors import UserError
 
 NUM_LABELS = 9
@@ -70,12 +71,12 @@ Params = dict[str, jax.Array]
 def draw_one(key: jax.Array, p: float) -> Params:
   """Parameters of one image from its key; scalars, see `draw_keys`."""
   gate_key, coin_key, angle_key, normal_key = jax.random.split(key, 4)
-  gate_probs = jnp.array([min(1e8 * p, 1.0)] + 5 * [p])
+  gate_probs = jnp.array([min(1e8 * p, 1.0)] + 5 * [p], jnp.float32)
   as_float = lambda flags: flags.astype(jnp.float32)
   xflip, yflip, scale, rotate, aniso, translate = as_float(
     jax.random.bernoulli(gate_key, gate_probs)
   )
-  coins = as_float(jax.random.bernoulli(coin_key, 0.5, (3,)))
+  coins = as_float(jax.random.bernoulli(coin_key, jnp.float32(0.5), (3,)))
   angles = jax.random.uniform(
     angle_key, (2,), jnp.float32, minval=-jnp.pi, maxval=jnp.pi
   )
@@ -115,7 +116,7 @@ def draw(key: jax.Array, n: int, p: float) -> Params:
 
 
 def labels(params: Params) -> jax.Array:
-  """[n, 9] float32 labels, in the order of the table."""
+  """[n, 9] labels, in the order of the table; float32, or as the params."""
   a, w, r = params["rotate"], params["aniso_weight"], params["aniso_angle"]
   columns = [
     params["xflip"],
@@ -128,7 +129,7 @@ def labels(params: Params) -> jax.Array:
     params["translate_x"],
     params["translate_y"],
   ]
-  return jnp.stack([jnp.asarray(c, jnp.float32) for c in columns], axis=-1)
+  return jnp.stack([at_least_float32(c) for c in columns], axis=-1)
 
 
 @jax.jit
@@ -140,11 +141,12 @@ def augment(images: jax.Array, params: Params) -> jax.Array:
     params: as from `draw`, [n] each.
 
   Returns:
-    [n, h, w, c] float32. Values may pass [-1, 1] a little: the filters ring.
+    [n, h, w, c] float32, or float64 as the images. Values may pass [-1, 1] a
+    little: the filters ring.
   """
-  params = {k: jnp.asarray(v, jnp.float32) for k, v in params.items()}
+  x = at_least_float32(images)
+  params = {k: jnp.asarray(v, x.dtype) for k, v in params.items()}
   per_image = lambda flag: flag[:, None, None, None]
-  x = images.astype(jnp.float32)
   x = jnp.where(per_image(params["xflip"] > 0.5), x[:, :, ::-1], x)
   x = jnp.where(per_image(params["yflip"] > 0.5), x[:, ::-1], x)
   _, h, w, _ = x.shape
@@ -202,7 +204,8 @@ def _source_points(inverse_affine: jax.Array, h: int, w: int) -> jax.Array:
   axis = lambda side: (np.arange(2 * (side + MARGIN)) + 1 - side - MARGIN) / 2
   xs, ys = np.meshgrid(axis(w), axis(h))
   target = np.stack([xs, ys, np.ones_like(xs)])  # [3, rows, columns]
-  centre = np.array([[0, 0, 3 * w - 2], [0, 0, 3 * h - 2]], np.float32)
+  centre = np.array([[0, 0, 3 * w - 2], [0, 0, 3 * h - 2]])
+  centre = jnp.asarray(centre, inverse_affine.dtype)
   return _matmul("nij,jyx->niyx", 2 * inverse_affine + centre, target)
 
 
@@ -253,6 +256,10 @@ def _downsample_matrix(side: int) -> np.ndarray:
 
 
 def _matmul(equation: str, *operands) -> jax.Array:
-  """Einsum in true float32; a TPU's default would round to bfloat16."""
-  operands = [jnp.asarray(o, jnp.float32) for o in operands]
+  """Einsum in true float32; a TPU's default would round to bfloat16.
+
+  Tables of the host take the type of the arrays.
+  """
+  dtype = jnp.result_type(*(o for o in operands if isinstance(o, jax.Array)))
+  operands = [jnp.asarray(o, dtype) for o in operands]
   return jnp.einsum(equation, *operands, precision=jax.lax.Precision.HIGHEST)

@@ -38,6 +38,7 @@ def guidance_scale(
   schedule: str = "constant",
   power: float = 4.0,
   interval: tuple[float, float] | None = None,
+  dtype: jnp.dtype | None = None,
 ) -> jax.Array:
   """s(t) of (2) or (3).
 
@@ -49,16 +50,18 @@ def guidance_scale(
     power: exponent of the power-cosine schedule.
     interval: (low, high), both included, in the unit of t, which is sigma if
       the levels are; s = 1 outside. None guides everywhere.
+    dtype: of the result; None is that of t, at least float32.
 
   Returns:
-    [*b] float32, or a scalar if t is None.
+    [*b], or a scalar if t is None.
   """
   _check(schedule, interval)
   if t is None and schedule == "constant" and interval is None:
-    return jnp.full((), scale, jnp.float32)
+    return jnp.full((), scale, dtype or jnp.float32)
   if t is None:
     raise UserError(f"guidance {schedule=}, {interval=} needs the timestep t")
-  t = jnp.asarray(t, jnp.float32)
+  t = jnp.asarray(t)
+  t = t.astype(dtype or jnp.promote_types(t.dtype, jnp.float32))
   return _scale(t, jnp, scale, schedule, power, interval)
 
 
@@ -153,15 +156,20 @@ def apply_cfg(
       f"guidance {channels=} must be 'all' or from 1 to the "
       f"{cond.shape[-1]} channels of the prediction"
     )
+  dtype = jnp.promote_types(cond.dtype, jnp.float32)
   s = guidance_scale(
-    t, scale=scale, schedule=schedule, power=power, interval=interval
+    t,
+    scale=scale,
+    schedule=schedule,
+    power=power,
+    interval=interval,
+    dtype=dtype,
   )
   if _is_off(scale):
     return cond
   n = cond.shape[-1] if channels == "all" else channels
-  dtype = jnp.promote_types(cond.dtype, jnp.float32)
   c, u = cond[..., :n].astype(dtype), uncond[..., :n].astype(dtype)
-  guided = u + s.astype(dtype)[..., None, None, None] * (c - u)
+  guided = u + s[..., None, None, None] * (c - u)
   return jnp.concatenate([guided.astype(cond.dtype), cond[..., n:]], axis=-1)
 
 

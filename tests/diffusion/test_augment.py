@@ -230,6 +230,16 @@ def test_twin(shape):
   np.testing.assert_allclose(out, expected, atol=2e-5)
 
 
+def test_float64_images_are_augmented_in_float64(x64):
+  rows = [dict(scale=0.3, rotate=1.1, aniso_weight=-0.4, aniso_angle=0.2)]
+  rows += [dict(translate_x=0.7, translate_y=-1.3, xflip=1)]
+  image = np.random.default_rng(8).uniform(-1, 1, (2, 9, 8, 1))
+  params = {k: np.array([row.get(k, 0.0) for row in rows]) for k in NAMES}
+  out = augment.augment(jnp.asarray(image), params)
+  expected = [reference(x[..., 0], row) for x, row in zip(image, rows)]
+  np.testing.assert_allclose(out[..., 0], expected, atol=1e-12)
+
+
 def test_weights_belong_to_their_pixels_at_64():
   # Thousands of points fall next to whole numbers, where rounding decides which
   # pixels are read; a wrong pairing shows as an error of order one.
