@@ -26,6 +26,7 @@ from diffit_jax.autoencoder.codec import make_codec
 from diffit_jax.data import preparation
 from diffit_jax.data.builders import digits
 from diffit_jax.diffusion import guidance
+from diffit_jax.environment import PRNG
 from diffit_jax.generation import generator, weights
 from diffit_jax.parallel.mesh import make_mesh
 from diffit_jax.sampling.images import to_uint8
@@ -74,7 +75,8 @@ class Model:
     loaded = weights.from_workdir(workdir, make_mesh())
     config = loaded.config
     side, channels = config.data.resolution, config.model.channels
-    noise = jax.random.normal(jax.random.key(0), (num, side, side, channels))
+    key = jax.random.key(0, impl=PRNG)
+    noise = jax.random.normal(key, (num, side, side, channels))
     return cls(loaded, noise, jnp.arange(num) % config.data.num_classes)
 
   def sampler(self, solver: str, steps: int, cfg: dict, skip=None, **options):
@@ -101,7 +103,7 @@ class Model:
         )
       return x if codec is None else codec.decode_fn(codec.params, x)
 
-    keys = jax.random.split(jax.random.key(1), len(self.noise))
+    keys = jax.random.split(jax.random.key(1, impl=PRNG), len(self.noise))
     run = jax.jit(run)
     return lambda: run(self.loaded.params, self.noise, self.labels, keys)
 

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from benchmarks import report, worker
 from diffit_jax import interop
 from diffit_jax.diffusion import adm, edm
+from diffit_jax.environment import PRNG
 from diffit_jax.models import latent
 from diffit_jax.training import objective
 from diffit_jax.training import program as program_lib
@@ -166,7 +167,7 @@ class Network:
     else:
       loss = objective.edm_loss(model, config.diffusion)
     with jax.default_matmul_precision(config.matmul_precision):
-      return loss(params, batch, jax.random.key(0)).mean()
+      return loss(params, batch, jax.random.key(0, impl=PRNG)).mean()
 
   def _kept_bytes(self) -> int:
     """What the backward pass finds saved, parameters left out."""

@@ -14,7 +14,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_dict
 
-from diffit_jax import config_files, interrupt, paths
+from diffit_jax import config_files, environment, interrupt, paths
 from diffit_jax.errors import UserError
 
 REQUEUE = 75
@@ -68,6 +68,7 @@ def _guard(
 ) -> int:
   arguments, num_wanted = argv[1:], 1 if positional else 0
   try:
+    environment.pin()
     if len(arguments) < num_wanted:
       raise UserError(f"{positional} is missing (--help says what it may be)")
     if len(arguments) > num_wanted and not many:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax.autoencoder.model import AutoencoderKL
+from diffit_jax.environment import PRNG
 from diffit_jax.errors import UserError
 from diffit_jax.interop import diffusers
 
@@ -183,4 +184,5 @@ def abstract_params(module: AutoencoderKL) -> dict:
   """Shapes of the parameters, without computing anything."""
   side = module.down_factor
   image = jax.ShapeDtypeStruct((1, side, side, module.in_channels), jnp.float32)
-  return jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+  key = jax.random.key(0, impl=PRNG)
+  return jax.eval_shape(module.init, key, image)["params"]

@@ -209,8 +209,9 @@ class ConvReLU(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     _, features, height, width, stride, padding, average = self.spec
     shape = (height, width, x.shape[-1], features)
-    kernel = self.param("kernel", nn.initializers.zeros, shape)
-    bias = self.param("bias", nn.initializers.zeros, (features,))
+    zeros = nn.initializers.zeros
+    kernel = self.param("kernel", zeros, shape, jnp.float32)
+    bias = self.param("bias", zeros, (features,), jnp.float32)
     y = convolve(x, kernel, stride, padding) + bias
     return nn.relu(average_pool(y) if average else y)
 

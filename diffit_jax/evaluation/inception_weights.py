@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffit_jax.environment import PRNG
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import inception
 from diffit_jax.interop import tensors
@@ -41,7 +42,8 @@ _IGNORED = ".num_batches_tracked"
 def expected_shapes() -> dict[str, tuple[int, ...]]:
   """Name and shape of every tensor that a file must hold, 472 of them."""
   x = jax.ShapeDtypeStruct((1, inception.SIDE, inception.SIDE, 3), "float32")
-  init = jax.eval_shape(inception.Inception().init, jax.random.key(0), x)
+  key = jax.random.key(0, impl=PRNG)
+  init = jax.eval_shape(inception.Inception().init, key, x)
   shapes = {
     "fc.weight": (inception.NUM_LOGITS, inception.POOL_DIM),
     "fc.bias": (inception.NUM_LOGITS,),

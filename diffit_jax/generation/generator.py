@@ -17,6 +17,7 @@ import numpy as np
 
 from diffit_jax import sampling
 from diffit_jax.diffusion import guidance, precond
+from diffit_jax.environment import PRNG
 from diffit_jax.errors import UserError
 from diffit_jax.parallel.mesh import batch_sharding, place, replicated
 from diffit_jax.sampling.images import to_uint8
@@ -73,11 +74,11 @@ def make_generator(
 
   def generate(params, seed, index, labels):
     streams = lambda i: jax.random.split(
-      jax.random.fold_in(jax.random.key(seed), i)
+      jax.random.fold_in(jax.random.key(seed, impl=PRNG), i)
     )
     noise_keys, keys = jnp.swapaxes(jax.vmap(streams)(index), 0, 1)
     noise = jax.vmap(
-      lambda key: jax.random.normal(key, (side, side, channels))
+      lambda key: jax.random.normal(key, (side, side, channels), jnp.float32)
     )(noise_keys)
     labels = labels if model.num_classes else None
     with jax.default_matmul_precision(config["matmul_precision"]):

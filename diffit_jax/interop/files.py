@@ -13,6 +13,7 @@ from ml_collections import config_dict
 import numpy as np
 
 from diffit_jax import models
+from diffit_jax.environment import PRNG
 from diffit_jax.errors import UserError
 from diffit_jax.interop import native, official
 from diffit_jax.models import latent
@@ -172,7 +173,7 @@ def parameter_shapes(config: Mapping) -> dict:
   side = config["data"]["resolution"]
   x = jax.ShapeDtypeStruct((1, side, side, model.channels), "float32")
   time = jax.ShapeDtypeStruct((1,), "float32")
-  key = jax.eval_shape(lambda: jax.random.key(0))
+  key = jax.eval_shape(lambda: jax.random.key(0, impl=PRNG))
   return jax.eval_shape(model.init, key, x, time)["params"]
 
 

@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffit_jax.environment import PRNG
 from diffit_jax.errors import UserError
 from diffit_jax.interop import native, tensors
 from diffit_jax.models.embeddings import sincos_positions
@@ -324,7 +325,7 @@ def _abstract_params(model: LatentDiffiT) -> dict:
   side = model.input_size
   x = jax.ShapeDtypeStruct((1, side, side, model.channels), jnp.float32)
   one = lambda dtype: jax.ShapeDtypeStruct((1,), dtype)
-  key = jax.eval_shape(lambda: jax.random.key(0))
+  key = jax.eval_shape(lambda: jax.random.key(0, impl=PRNG))
   variables = jax.eval_shape(
     model.init, key, x, one(jnp.float32), one(jnp.int32)
   )

@@ -175,7 +175,8 @@ class TMSA(nn.Module):
     """[heads, n, n], or [b, 1, heads, n, n] where it depends on time."""
     shape = ((2 * window - 1) ** 2, self.num_heads)
     init = nn.initializers.normal(0.02)
-    table = self.param("relative_position_bias_table", init, shape)
+    name = "relative_position_bias_table"
+    table = self.param(name, init, shape, jnp.float32)
     if not TIME_IN[self.time_in].bias_table:
       return relative_position_bias(table, window)
     offsets = nn.Dense(shape[0] * shape[1], kernel_init=XAVIER, name="rpb_temb")

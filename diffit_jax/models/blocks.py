@@ -102,7 +102,7 @@ def drop_out(
 
   def mask(index):
     return jax.random.bernoulli(
-      jax.random.fold_in(key, index), 1 - rate, x.shape[1:]
+      jax.random.fold_in(key, index), jnp.float32(1 - rate), x.shape[1:]
     )
 
   keep = jax.vmap(mask)(sample_index)

@@ -197,6 +197,7 @@ class LabelEmbedding(nn.Module):
       "embedding",
       nn.initializers.normal(0.02),
       (self.num_classes + self.null_label, self.features),
+      jnp.float32,
     )
     return (
       jnp.asarray(table)

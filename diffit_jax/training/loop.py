@@ -17,6 +17,7 @@ from ml_collections import config_dict
 import numpy as np
 import optax
 
+from diffit_jax import environment
 from diffit_jax.autoencoder.codec import make_codec
 from diffit_jax.data import pipeline
 from diffit_jax.errors import UserError
@@ -87,7 +88,12 @@ def train(
   Returns:
     True once total_steps are done, saved and scored; False where SIGTERM came
     first: the current step is saved, and the same call goes on from it.
+
+  Raises:
+    UserError: something cannot be, as an option of JAX under which the run
+      would draw other numbers (`environment.check`).
   """
+  environment.check()
   with StopRequest(runtime.preemption_notice()) as stop:
     run = _start(config, directory, data_dir, devices, vae)
     try:

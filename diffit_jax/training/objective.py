@@ -22,6 +22,12 @@ def sample_keys(step_key: jax.Array, index: jax.Array, num: int) -> jax.Array:
   return jnp.swapaxes(jax.vmap(fold)(index), 0, 1)
 
 
+def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Unit normal draws, one per key: keys [b] -> [b, *shape] float32."""
+  draw = lambda key: jax.random.normal(key, shape, jnp.float32)
+  return jax.vmap(draw)(keys)
+
+
 def edm_loss(model: nn.Module, config: Mapping) -> Loss:
   """EDM's training objective on augmented images, or VP's or VE's.
 
@@ -50,7 +56,7 @@ def edm_loss(model: nn.Module, config: Mapping) -> Loss:
         k_label, batch["label"], num_classes, config["label_drop_prob"]
       )
     sigma = process.sample_sigma(k_sigma)
-    noise = jax.vmap(lambda k: jax.random.normal(k, y.shape[1:]))(k_noise)
+    noise = normal(k_noise, y.shape[1:])
 
     def network(x, c_noise):
       return model.apply(
@@ -88,11 +94,11 @@ def adm_loss(model: nn.Module, config: Mapping, scaling_factor: float) -> Loss:
     k_posterior, k_t, k_noise, k_label = sample_keys(step_key, index, 4)
     moments = batch["moments"].astype(jnp.float32)
     mean, log_variance = jnp.split(moments, 2, axis=-1)
-    normal = jax.vmap(lambda k: jax.random.normal(k, mean.shape[1:]))
     std = jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))
-    x_0 = scaling_factor * (mean + std * normal(k_posterior))
+    shape = mean.shape[1:]
+    x_0 = scaling_factor * (mean + std * normal(k_posterior, shape))
     t = adm.sample_timesteps(k_t, config["num_steps"])
-    noise = normal(k_noise)
+    noise = normal(k_noise, shape)
     labels = None
     if model.num_classes:
       labels = drop_labels(
@@ -109,5 +115,6 @@ def drop_labels(
   keys: jax.Array, labels: jax.Array, null_label: int, prob: float
 ) -> jax.Array:
   """[b] labels, each replaced by the null label with probability `prob`."""
+  prob = jnp.float32(prob)  # its type is that of the draw
   drop = jax.vmap(lambda k: jax.random.bernoulli(k, prob))(keys)
   return jnp.where(drop, null_label, labels)

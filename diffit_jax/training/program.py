@@ -12,6 +12,7 @@ from ml_collections import config_dict
 
 from diffit_jax import models
 from diffit_jax.diffusion import precond
+from diffit_jax.environment import PRNG
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import mesh as mesh_lib
 from diffit_jax.parallel import sharding
@@ -220,8 +221,9 @@ def _is_distance(metric: str) -> bool:
 
 def init_params(model: nn.Module, side: int, seed: int):
   """Fresh parameters, for images or latents of side x side."""
-  x = jnp.zeros((1, side, side, model.channels))
-  return model.init(jax.random.key(seed), x, jnp.zeros(1))["params"]
+  x = jnp.zeros((1, side, side, model.channels), jnp.float32)
+  key = jax.random.key(seed, impl=PRNG)
+  return model.init(key, x, jnp.zeros(1, jnp.float32))["params"]
 
 
 def batch_shapes(config: config_dict.ConfigDict) -> dict:

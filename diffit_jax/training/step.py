@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import optax
 
+from diffit_jax.environment import PRNG
 from diffit_jax.parallel.mesh import AXES, batch_sharding, replicated
 from diffit_jax.parallel.sharding import tree_sharding
 from diffit_jax.training import ema as ema_lib
@@ -44,7 +45,7 @@ def make_step(
   place = (lambda tree: tree) if mesh is None else partial(_place, mesh)
 
   def step(state: TrainState, monitor: Monitor, batch: dict):
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key = jax.random.fold_in(jax.random.key(seed, impl=PRNG), state.step)
     mean_loss = lambda params, batch: jnp.mean(loss(params, batch, key))
     with jax.default_matmul_precision(matmul_precision):
       value, gradients = accumulate(

@@ -64,7 +64,8 @@ class TimeAdded(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
     """[b, h, w, c], [b, ct] -> [b, h, w, c]."""
-    gate = self.param("gate", nn.initializers.ones, x.shape[-1:])
+    init = nn.initializers.ones
+    gate = self.param("gate", init, x.shape[-1:], jnp.float32)
     dense = nn.Dense(
       x.shape[-1], dtype=self.dtype, kernel_init=XAVIER, name="map"
     )
@@ -151,7 +152,7 @@ class LadderRung(ImageDiffiT):
       self.vit_dim, dtype=self.dtype, kernel_init=XAVIER, name="patch_embed"
     )(patches)
     h += self.param(
-      "positions", nn.initializers.normal(0.02), h.shape[1:]
+      "positions", nn.initializers.normal(0.02), h.shape[1:], jnp.float32
     ).astype(h.dtype)
     stages = []
     for i in range(self.vit_depth):

@@ -248,7 +248,8 @@ class SongUNet(nn.Module):
       kernel_init=XAVIER,
       name=name,
     )(aux)
-    bias = self.param(f"{name}_bias", nn.initializers.zeros, (features,))
+    init = nn.initializers.zeros
+    bias = self.param(f"{name}_bias", init, (features,), jnp.float32)
     return resample(x, self.taps, up=False, pad=0) + bias.astype(x.dtype)
 
   def _decode(self, skips, run) -> jax.Array:
