@@ -58,6 +58,11 @@ def main() -> int:
 
   mesh = make_mesh()
   loaded = weights.from_workdir(workdir, mesh)
+  if loaded.step < config.total_steps:  # the last checkpoint is damaged
+    train_seconds = _train(config, workdir, is_finished=False)
+    if train_seconds is None:
+      return cli.REQUEUE
+    loaded = weights.from_workdir(workdir, mesh)
   shutil.rmtree(workdir / "demo", ignore_errors=True)
   result = job.sample_to_folder(
       loaded, mesh, workdir / "demo", num=_NUM, seed=0, labels="0-9",
@@ -93,15 +98,25 @@ def main() -> int:
   return 0
 
 
-def _train(config, workdir: pathlib.Path) -> float | None:
-  """Trains where the run is not finished; seconds of all its training."""
+def _train(
+  config, workdir: pathlib.Path, is_finished: bool | None = None
+) -> float | None:
+  """Trains where the run is not finished; seconds of all its training.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+    is_finished: None asks the names of its checkpoints.
+  """
   from diffit_jax.training import workdir as workdir_lib
   from diffit_jax.training.checkpoint import list_steps
 
   clock = workdir / _CLOCK
-  spent = json.loads(clock.read_text()) if clock.exists() else 0.0
+  spent = _read_seconds(clock)
   workdir_lib.check(workdir, config)
-  if list_steps(workdir)[-1:] == [config.total_steps]:
+  if is_finished is None:
+    is_finished = list_steps(workdir)[-1:] == [config.total_steps]
+  if is_finished:
     print(f"already trained: {config.total_steps} steps", flush=True)
     return spent
   from diffit_jax.data import preparation
@@ -114,8 +129,16 @@ def _train(config, workdir: pathlib.Path) -> float | None:
   start = time.monotonic()
   finished = train(config, workdir, data_dir, make_grid_sampler)
   spent += time.monotonic() - start
-  clock.write_text(json.dumps(spent))
+  workdir_lib.write_whole(clock, json.dumps(spent).encode())
   return spent if finished else None
+
+
+def _read_seconds(clock: pathlib.Path) -> float:
+  """Seconds of training so far; 0 where nobody measured them."""
+  try:
+    return float(json.loads(clock.read_text()))
+  except (FileNotFoundError, ValueError, TypeError):
+    return 0.0
 
 
 def _forget(workdir: pathlib.Path) -> None:
