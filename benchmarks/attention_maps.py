@@ -27,7 +27,8 @@ from ml_collections import config_dict
 import numpy as np
 
 from diffit_jax import cli, models, paths, sampling
-from diffit_jax.diffusion import edm, guidance
+from diffit_jax.diffusion import guidance
+from diffit_jax.environment import PRNG
 from diffit_jax.generation import generator, weights
 from diffit_jax.models import attention, latent
 from diffit_jax.parallel.mesh import make_mesh
@@ -98,9 +99,8 @@ def follow(
   )
   solver = sampling.SOLVERS[options.solver](**options.solver_options)
   shape = (num, *[config.data.resolution] * 2, model.channels)
-  states = list(
-    trajectory(jax.jit(denoiser), solver, jax.random.key(seed), shape)
-  )
+  key = jax.random.key(seed, impl=PRNG)
+  states = list(trajectory(jax.jit(denoiser), solver, key, shape))
   chosen = np.linspace(0, len(states) - 1, columns).round().astype(int)
   look = jax.jit(attention_weights(model, config, labels))
   seen = [look(params, *states[i]) for i in chosen]
@@ -146,17 +146,14 @@ def attention_weights(
       params = latent.unstack_blocks(params)
     found = {}
 
-    def network(x, level):
+    def apply(x, level, labels):
       out, left = model.apply(
         {"params": params}, x, level, labels, mutable=["intermediates"]
       )
       found.update(_flatten(left["intermediates"]))
       return out
 
-    if config.diffusion.kind == "edm":
-      edm.denoise(network, x, level, sigma_data=config.diffusion.sigma_data)
-    else:
-      network(x, level)
+    generator.make_denoiser(apply, config)(x, level, labels)
     return {
       name: attention.attention_weights(*inputs)
       for name, inputs in found.items()

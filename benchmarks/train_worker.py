@@ -10,13 +10,12 @@ import resource
 from flax import traverse_util
 import jax
 from jax.extend import core
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from benchmarks import report, worker
 from diffit_jax import interop
-from diffit_jax.diffusion import adm, edm
+from diffit_jax.diffusion import adm, precond
 from diffit_jax.environment import PRNG
 from diffit_jax.models import latent
 from diffit_jax.training import objective
@@ -78,6 +77,8 @@ class Network:
     self.config.update_from_flattened_dict(fields)
     self.program = program_lib.build(self.config)
     self.is_latent = self.config.diffusion.kind == "adm"
+    if not self.is_latent:
+      self.process = precond.make(self.config.diffusion)
     self.state = self.params = None
     self.forward_pass = jax.jit(self._forward)
     self.gradient = jax.jit(jax.value_and_grad(self._drawn_loss))
@@ -121,9 +122,8 @@ class Network:
   def _forward(self, params, inputs):
     if self.is_latent:
       return self._apply(params, inputs["x"], inputs["t"], inputs)
-    return self._apply(
-      params, inputs["x"], jnp.log(inputs["sigma"]) / 4, inputs
-    )
+    *_, c_noise = self.process.coefficients(inputs["sigma"])
+    return self._apply(params, inputs["x"], c_noise, inputs)
 
   def _given_losses(self, params, inputs):
     """[b] losses with given draws and without dropout."""
@@ -133,14 +133,13 @@ class Network:
       x_t = schedule.q_sample(x, t, noise)
       out = self._apply(params, x_t, t, inputs)
       return schedule.losses(out, x, t, noise)["loss"]
-    sigma, sigma_data = inputs["sigma"], self.config.diffusion.sigma_data
-    D = edm.denoise(
+    sigma = inputs["sigma"]
+    D = self.process.denoise(
       lambda x, c_noise: self._apply(params, x, c_noise, inputs),
       x + sigma[:, None, None, None] * noise,
       sigma,
-      sigma_data=sigma_data,
     )
-    return edm.loss(D, x, sigma, sigma_data)
+    return self.process.loss(D, x, sigma)
 
   def _batch(self) -> dict[str, np.ndarray]:
     """A batch as the pipeline gives it, of noise."""

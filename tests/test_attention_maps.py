@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from benchmarks import attention_maps
-from configs import digits, imagenet256
+from configs import cifar10_song, digits, imagenet256
 from diffit_jax import models, sampling
 from diffit_jax.generation.weights import Weights
 from diffit_jax.models import attention
@@ -107,6 +107,38 @@ def test_a_whole_model(tmp_path):
   assert attention_maps.table([maps]).count("\n") == 4
   attention_maps.draw([maps], 2, str(tmp_path / "new" / "maps.png"))
   assert (tmp_path / "new" / "maps.png").stat().st_size > 5_000
+
+
+class Recorder:
+  """A network that keeps what it is asked."""
+
+  def apply(self, variables, x, level, labels, mutable):
+    del variables, labels
+    assert mutable == ["intermediates"]
+    self.asked = x, level
+    return x, {"intermediates": {}}
+
+
+def test_the_maps_see_what_the_sampler_feeds_the_network():
+  """VP: x / sqrt(sigma^2 + 1) and 999 t(sigma), not EDM's; ADM: x and t."""
+  x = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
+  network = Recorder()
+
+  def asked(config, level):
+    attention_maps.attention_weights(network, config, None)({}, x, level)
+    return network.asked
+
+  config = cifar10_song.get_config("debug,tmsa")
+  sigma = np.array([0.3, 5.0])
+  scaled, c_noise = asked(config, np.float32(sigma))
+  c_in = 1 / np.sqrt(sigma**2 + 1)
+  np.testing.assert_allclose(scaled, c_in[:, None, None, None] * x, rtol=1e-6)
+  t = (np.sqrt(0.01 + 39.8 * np.log1p(sigma**2)) - 0.1) / 19.9
+  np.testing.assert_allclose(c_noise, 999 * t, rtol=1e-6)
+  latent = imagenet256.get_config("debug")
+  latent.model.scan_blocks = False
+  fed, t = asked(latent, np.array([9]))
+  assert fed is x and t == 9
 
 
 def test_a_latent_model_with_its_blocks_in_a_loop():

@@ -50,33 +50,21 @@ def precondition(
   return c_skip, c_out, c_in, c_noise
 
 
-def denoise(
-  network: Callable[[jax.Array, jax.Array], jax.Array],
-  x: jax.Array,
-  sigma: jax.Array,
-  *,
-  sigma_data: float,
-) -> jax.Array:
-  """D(x; sigma), equation (1).
-
-  Args:
-    network: (c_in x [b, h, w, c], c_noise [b]) -> F [b, h, w, c], any dtype.
-    x: [b, h, w, c] noisy images.
-    sigma: [b] their noise std.
-    sigma_data: std of the training images.
-
-  Returns:
-    [b, h, w, c] float32, the expected clean images.
-  """
-  return combine(network, x, precondition(sigma, sigma_data))
-
-
 def combine(
   network: Callable[[jax.Array, jax.Array], jax.Array],
   x: jax.Array,
   coefficients: tuple[jax.Array, ...],
 ) -> jax.Array:
-  """(1) with the given c_skip, c_out, c_in, c_noise, [b] each."""
+  """D(x; sigma), equation (1), for any coefficients; see `precond.Precond`.
+
+  Args:
+    network: (c_in x [b, h, w, c], c_noise [b]) -> F [b, h, w, c], any dtype.
+    x: [b, h, w, c] noisy images.
+    coefficients: c_skip, c_out, c_in, c_noise, [b] each.
+
+  Returns:
+    [b, h, w, c] float32, the expected clean images.
+  """
   x = at_least_float32(x)
   c_skip, c_out, c_in, c_noise = coefficients
   F = network(_per_image(c_in) * x, c_noise).astype(x.dtype)
@@ -95,25 +83,17 @@ def loss_weight(sigma: jax.Array, sigma_data: float) -> jax.Array:
   return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
-def loss(
-  D: jax.Array, y: jax.Array, sigma: jax.Array, sigma_data: float
-) -> jax.Array:
-  """Weighted squared error (4), summed over each image.
+def weighted_error(D: jax.Array, y: jax.Array, weight: jax.Array) -> jax.Array:
+  """The squared error (4), summed over each image.
 
   Args:
     D: [b, h, w, c] denoised images.
     y: [b, h, w, c] clean (augmented) images.
-    sigma: [b] noise std that had been added.
-    sigma_data: std of the training images.
+    weight: [b].
 
   Returns:
     [b] float32; the batch loss is its mean.
   """
-  return weighted_error(D, y, loss_weight(sigma, sigma_data))
-
-
-def weighted_error(D: jax.Array, y: jax.Array, weight: jax.Array) -> jax.Array:
-  """[b] weights times the squared error, summed over each image."""
   error = at_least_float32(D) - at_least_float32(y)
   return weight * jnp.sum(error**2, axis=(1, 2, 3))
 

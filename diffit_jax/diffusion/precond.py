@@ -47,7 +47,7 @@ class Precond:
   loss_weight: Callable[[jax.Array], jax.Array]
 
   def denoise(self, network, x: jax.Array, sigma: jax.Array) -> jax.Array:
-    """D(x; sigma); see `edm.denoise`."""
+    """D(x; sigma) of x [b, h, w, c] and sigma [b]; network as `edm.combine`."""
     return edm.combine(network, x, self.coefficients(sigma))
 
   def loss(self, D: jax.Array, y: jax.Array, sigma: jax.Array) -> jax.Array:

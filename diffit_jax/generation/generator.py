@@ -26,20 +26,26 @@ from diffit_jax.sampling.images import to_uint8
 def make_network(
   model: nn.Module, params, config: Mapping
 ) -> Callable[..., jax.Array]:
+  """What `make_denoiser` makes of a model with its parameters."""
+  apply = lambda x, level, labels: model.apply(
+    {"params": params}, x, level, labels
+  )
+  return make_denoiser(apply, config)
+
+
+def make_denoiser(
+  apply: Callable[..., jax.Array], config: Mapping
+) -> Callable[..., jax.Array]:
   """The function (x, level, labels) that the config's solvers are made for.
 
   Args:
-    model: the raw network.
-    params: its parameters.
+    apply: the raw network, (x, c_noise or t, labels) -> its output.
     config: the whole config.
 
   Returns:
     For "edm" the denoiser (x, sigma [b]) -> D [b, h, w, c]; for "adm" the raw
     prediction (x, t [b]) -> [b, h, w, c or 2c].
   """
-  apply = lambda x, level, labels: model.apply(
-    {"params": params}, x, level, labels
-  )
   if config["diffusion"]["kind"] == "adm":
     return apply
   process = precond.make(config["diffusion"])

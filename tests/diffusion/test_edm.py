@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffit_jax.diffusion import edm
+from diffit_jax.diffusion import edm, precond
 
 SIGMA_DATA = 0.5
+PROCESS = precond.make({"sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2})
 SIGMAS = np.float32([0.002, 0.02, 0.1, 0.5, 1.0, 7.0, 80.0])
 # A handful of float32 roundings (6e-8 each) of numbers of order one.
 ROUNDING = 5e-7
@@ -71,16 +72,16 @@ def test_denoiser_of_gaussian_data():
     np.testing.assert_allclose(c_noise, jnp.log(sigma) / 4)
     return slope[:, None, None, None] * x_in
 
-  D = edm.denoise(network, x, sigma, sigma_data=SIGMA_DATA)
+  D = PROCESS.denoise(network, x, sigma)
   np.testing.assert_allclose(D, exact, rtol=2e-6, atol=2e-7)
-  zero = edm.denoise(lambda x_in, _: 0 * x_in, x, sigma, sigma_data=SIGMA_DATA)
+  zero = PROCESS.denoise(lambda x_in, _: 0 * x_in, x, sigma)
   np.testing.assert_allclose(zero, c_skip[:, None, None, None] * x)
 
 
 def test_bfloat16_network_is_combined_in_float32():
   x = jnp.full((1, 1, 1, 1), 1 / 3, jnp.float32)
   network = lambda x_in, c_noise: jnp.ones_like(x_in, jnp.bfloat16)
-  D = edm.denoise(network, x, jnp.float32([0.5]), sigma_data=SIGMA_DATA)
+  D = PROCESS.denoise(network, x, jnp.float32([0.5]))
   assert D.dtype == jnp.float32
   # 1/3 / 2 + sqrt(1/8): bfloat16 would be off by 1e-3.
   np.testing.assert_allclose(D.item(), 1 / 6 + 8**-0.5, rtol=ROUNDING)
@@ -88,11 +89,8 @@ def test_bfloat16_network_is_combined_in_float32():
 
 def test_float64_stays_float64():
   with jax.enable_x64(True):
-    D = edm.denoise(
-      lambda x_in, _: x_in,
-      jnp.ones((1, 1, 1, 1)),
-      jnp.ones(1),
-      sigma_data=SIGMA_DATA,
+    D = PROCESS.denoise(
+      lambda x_in, _: x_in, jnp.ones((1, 1, 1, 1)), jnp.ones(1)
     )
     assert D.dtype == jnp.float64
     # 0.2 + sqrt(0.2) sqrt(0.8)
@@ -123,11 +121,11 @@ def test_noise_level_is_of_its_key_alone_and_log_normal():
 def test_loss_sums_over_the_image():
   y = jnp.zeros((2, 3, 5, 2))
   D = jnp.full(y.shape, 0.1).at[1].set(-0.2)
-  value = edm.loss(D, y, jnp.float32([0.5, 1.0]), SIGMA_DATA)
+  value = PROCESS.loss(D, y, jnp.float32([0.5, 1.0]))
   # 30 elements: weight 8 x 30 x 0.01, and weight 5 x 30 x 0.04.
   np.testing.assert_allclose(value, [2.4, 6.0], rtol=ROUNDING)
   assert (
-    edm.loss(D.astype(jnp.bfloat16), y, jnp.float32([1, 1]), 0.5).dtype
+    PROCESS.loss(D.astype(jnp.bfloat16), y, jnp.float32([1, 1])).dtype
     == jnp.float32
   )
 
