@@ -73,9 +73,24 @@ def default_data_dir() -> str:
     ) from error
 
 
+def root_of(name: str, data_dir: str | None) -> pathlib.Path:
+  """The folder of all versions of a data set; it need not be there.
+
+  Raises:
+    UserError: the address of a bucket, from which ArrayRecord cannot read.
+  """
+  data_dir = os.fspath(data_dir or default_data_dir())
+  if "://" in data_dir:
+    raise UserError(
+      f"the data directory {data_dir} is no local path: use a disk or a mounted"
+      " folder, and copy prepared data sets there from a bucket"
+    )
+  return pathlib.Path(data_dir) / name
+
+
 def find_directory(name: str, data_dir: str | None) -> pathlib.Path | None:
   """The newest complete version of a data set; None where there is none."""
-  root = pathlib.Path(data_dir or default_data_dir()) / name
+  root = root_of(name, data_dir)
   versions = [
     path
     for path in (root.iterdir() if root.is_dir() else ())

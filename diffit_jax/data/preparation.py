@@ -74,7 +74,7 @@ def prepare(
     UserError: a data set with other settings is there, another process is at
       work on it, the folder cannot be written, or the download fails.
   """
-  root = pathlib.Path(data_dir) / name
+  root = dataset_lib.root_of(name, data_dir)
 
   def find_finished() -> pathlib.Path | None:
     existing = dataset_lib.find_directory(name, data_dir)

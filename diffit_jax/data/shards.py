@@ -68,7 +68,7 @@ class ShardedSet:
       origin: where the records come from, for error messages.
       description: what the data set is, for TFDS's metadata.
     """
-    self.root = pathlib.Path(data_dir) / name
+    self.root = dataset_lib.root_of(name, data_dir)
     self.num_shards = num_shards
     self._name, self._data_dir = name, data_dir
     self._features, self._description = features, description

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from diffit_jax.data import dataset as dataset_lib
-from diffit_jax.data import pipeline, transforms
+from diffit_jax.data import pipeline, preparation, transforms
+from diffit_jax.data.builders import digits
 from diffit_jax.errors import UserError
 
 
@@ -205,6 +206,20 @@ def test_a_missing_data_set_names_the_command(tmp_path, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "elsewhere"))
   with pytest.raises(UserError, match="in .*elsewhere; make it"):
     pipeline.open_dataset("digits")
+
+
+def test_data_in_a_bucket_is_refused_and_not_made_in_a_folder_gs(
+  tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  address = "gs://bucket/data"
+  for use in (
+    lambda: dataset_lib.open_dataset("digits", address),
+    lambda: preparation.prepare(**digits.recipe(), data_dir=address),
+  ):
+    with pytest.raises(UserError, match=f"{address} is no local path: use a"):
+      use()
+  assert not any(tmp_path.iterdir())
 
 
 def test_half_made_data_sets_are_not_taken_for_data(data_dir, tmp_path):
