@@ -255,6 +255,13 @@ def _network(mesh, field: str | None):
   codec = make_codec(loaded.config, _SAMPLING.vae.value)
   weights.warn_of_another_vae(loaded.config, codec)
   seed, labels = _SAMPLING.seed.value, _SAMPLING.labels.value
+  class_names = None
+  if _PER_CLASS.value:
+    class_names = images.names_of_training(
+      loaded.config.data.name,
+      loaded.config.model.num_classes,
+      _DATA_DIR.value,
+    )
 
   def make(value: float | None):
     config = loaded.config.copy_and_resolve_references()
@@ -265,7 +272,13 @@ def _network(mesh, field: str | None):
     changed = dataclasses.replace(loaded, config=config)
     model = models.make_model(config.model)
     samples = NetworkSamples(
-      changed, model, mesh, seed=seed, labels=labels, codec=codec
+      changed,
+      model,
+      mesh,
+      seed=seed,
+      labels=labels,
+      codec=codec,
+      class_names=class_names,
     )
     if not folder:
       return samples
@@ -281,7 +294,7 @@ def _network(mesh, field: str | None):
     )
     if result is None:
       raise Stopped
-    return ImageSamples(images.open_images(folder))
+    return ImageSamples(images.open_images(folder, _DATA_DIR.value))
 
   return make
 

@@ -43,6 +43,7 @@ class Dataset:
     image_shape: (height, width, channels) of every image; of latents, of the
       images that were encoded.
     num_classes: labels are 0..num_classes-1; 0 where the set has no labels.
+    class_names: of the classes 0, 1, ...; their numbers where they have none.
     metadata: what `prepare` wrote down; empty for a set made by TFDS alone.
     directory: the folder that holds the records.
     kind: "image" or "latent".
@@ -60,6 +61,7 @@ class Dataset:
   kind: str = "image"
   latent_shape: tuple[int, int, int] | None = None
   encoding: str = "png"
+  class_names: tuple[str, ...] = ()
 
 
 def default_data_dir() -> str:
@@ -332,10 +334,12 @@ def _open(builder: Any, split: str, directory: pathlib.Path) -> Dataset:
   if not len(source):
     raise UserError(f"split {split!r} of data set {directory} is empty")
   metadata = read_metadata(directory)
+  class_names = tuple(features["label"].names) if "label" in features else ()
   common = {
     "source": source,
     "num_images": len(source),
-    "num_classes": features["label"].num_classes if "label" in features else 0,
+    "num_classes": len(class_names),
+    "class_names": class_names,
     "metadata": metadata,
     "directory": str(directory),
   }

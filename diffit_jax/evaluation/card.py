@@ -6,10 +6,12 @@ A card is a JSON file:
   not_computed  {name: why}
   num_samples   images that were scored
   protocol      feature space (name, SHA-256 of weights, rule of resizing),
-                reference (hash, images), repeats, how a repeat was chosen
+                reference (hash, images), repeats, how a repeat was chosen,
+                how classes were told to be the same, if they were compared
   samples       where the images come from; "sampling" holds the sampler,
                 steps, seed, guidance, average, precision, VAE, rule of 8 bits,
-                and the hashes of weights and config
+                and the hashes of weights and config; "subset" says which
+                images were taken, where not all were
   per_class     {class: distance}, if asked for
   repeats       [metrics of each run], if there were several
   warnings      what a reader must know before quoting a number
@@ -50,7 +52,7 @@ def make(
   num_samples: int,
   protocol: Mapping[str, Any],
   samples: Mapping[str, Any],
-  per_class: Mapping[int, float] | None = None,
+  per_class: Mapping[str, float] | None = None,
   repeats: list[dict[str, float]] | None = None,
 ) -> dict[str, Any]:
   """A card of these.
@@ -75,7 +77,7 @@ def make(
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
   }
   if per_class:
-    card["per_class"] = {str(c): value for c, value in per_class.items()}
+    card["per_class"] = dict(per_class)
   if repeats:
     card["repeats"] = repeats
   return card

@@ -51,6 +51,7 @@ def of_files(source: sources.Source, kind: str, given: str) -> Images:
     ),
     about=about | _identify(source, names[0], shape),
     get_labels=lambda: labels,
+    get_class_names=lambda: source.class_names or None,
     tell=tell,
   )
 

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from diffit_jax.evaluation.classes import Classes
+
 T = TypeVar("T")
 R = TypeVar("R")
 _NUM_THREADS = min(8, os.cpu_count() or 1)
@@ -31,6 +33,9 @@ class Images:
       "content_hash" that `prepare` wrote down.
     sampling: the settings that `sample` wrote beside the images, or {}.
     get_labels: see `labels`; called once.
+    get_class_names: names of the classes 0, 1, ...; None where they are not
+      known.
+    num_classes: how many classes there are; None where that is not known.
     tell: logs what there is to say of the images that were read so far.
   """
 
@@ -40,12 +45,47 @@ class Images:
   about: dict[str, Any]
   sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
   get_labels: Callable[[], np.ndarray | None] = lambda: None
+  get_class_names: Callable[[], Sequence[str] | None] = lambda: None
+  num_classes: int | None = None
   tell: Callable[[], None] = lambda: None
 
   @functools.cached_property
   def labels(self) -> np.ndarray | None:
     """int64 [num], or None; of a data set, this reads all its records."""
     return self.get_labels()
+
+  @property
+  def classes(self) -> Classes | None:
+    """The classes of the images, or None where these have no labels."""
+    if self.labels is None:
+      return None
+    return Classes(
+      str(self.about["source"]),
+      self.labels,
+      self.get_class_names(),
+      self.num_classes,
+    )
+
+
+def choose_subset(
+  total: int, size: int, part: int = 0, seed: int = 0
+) -> np.ndarray:
+  """Which images of a set are taken: [size] indices, without repeats.
+
+  Neither the first ones nor every k-th one: images may lie class by class, or
+  with their classes in turn. The choice depends on (total, size, part, seed)
+  alone; numpy's generator is its frozen one, which never changes.
+
+  Args:
+    total: images of the set; as many as `size` are taken in order.
+    size: images to take.
+    part: from 0 on; other parts have other images.
+    seed: of the permutation that parts are cut from.
+  """
+  if size == total:
+    return np.arange(total)
+  order = np.random.RandomState(seed).permutation(total)
+  return order[part * size : (part + 1) * size]
 
 
 def as_rgb(images: np.ndarray) -> np.ndarray:

@@ -62,7 +62,7 @@ def open_images(
   if path.is_dir():
     if dataset_lib.find_directory(path.name, str(path.parent)):
       return _of_dataset(path.name, str(path.parent), split, str(where))
-    return _of_folder(path, str(where))
+    return _of_folder(path, str(where), data_dir)
   if not path.exists():
     name, data_dir = str(where), data_dir or dataset_lib.default_data_dir()
     if dataset_lib.find_directory(name, data_dir) is None:
@@ -72,7 +72,8 @@ def open_images(
       )
     return _of_dataset(name, data_dir, split, name)
   if npz.is_npz(path):
-    return from_npz(npz.open_npz(path), path, str(where))
+    members = npz.open_npz(path)
+    return from_npz(members, path, str(where), data_dir=data_dir)
   return image_files.of_files(image_files.open_source(path), "zip", str(where))
 
 
@@ -81,6 +82,7 @@ def from_npz(
   path: pathlib.Path,
   source: str,
   sha256: str | None = None,
+  data_dir: str | None = None,
 ) -> Images:
   """The images of an .npz file that is open.
 
@@ -89,6 +91,7 @@ def from_npz(
     path: of the file.
     source: the file as the user gave it.
     sha256: of the file; None where it is not known yet.
+    data_dir: of data sets, one of which may know what classes are called.
 
   Raises:
     UserError: no images among the members, or damage.
@@ -106,8 +109,8 @@ def from_npz(
     shape=pixels.shape[1:3],
     read=lambda index: as_rgb(pixels[np.asarray(index, int)]),
     about=about,
-    sampling=_read_sampling(path.parent),
     get_labels=lambda: labels,
+    **_sampled(path.parent, data_dir),
   )
 
 
@@ -125,7 +128,9 @@ def _of_array(pixels: np.ndarray) -> Images:
   )
 
 
-def _of_folder(folder: pathlib.Path, given: str) -> Images:
+def _of_folder(
+  folder: pathlib.Path, given: str, data_dir: str | None
+) -> Images:
   """A folder that `sample` wrote, its `images`, or a folder of any images."""
   is_inner = folder.resolve().name == "images"
   run = folder.resolve().parent if is_inner else folder
@@ -148,8 +153,8 @@ def _of_folder(folder: pathlib.Path, given: str) -> Images:
   )
   return dataclasses.replace(
     image_files.of_files(source, "folder", given),
-    sampling=_read_sampling(run),
     get_labels=lambda: _labels_of_run(run, len(names)),
+    **_sampled(run, data_dir),
   )
 
 
@@ -175,6 +180,7 @@ def _of_dataset(name: str, data_dir: str, split: str, given: str) -> Images:
     read=lambda index: stack(_read_records(dataset, index), shape),
     about=about,
     get_labels=lambda: _labels_of_dataset(dataset),
+    get_class_names=lambda: dataset.class_names or None,
   )
 
 
@@ -228,6 +234,37 @@ def _read_labels(
       f" are whole numbers, one for each of the {num} images of arr_0"
     )
   return member.load().astype(np.int64)
+
+
+def _sampled(folder: pathlib.Path, data_dir: str | None) -> dict[str, Any]:
+  """Fields of `Images` that `sample` wrote down beside the images."""
+  sampling = _read_sampling(folder)
+  about = sampling.get("about")
+  about = about if isinstance(about, dict) else {}
+  data, num = about.get("data"), about.get("num_classes") or None
+  return {
+    "sampling": sampling,
+    "num_classes": num,
+    "get_class_names": lambda: names_of_training(data, num, data_dir),
+  }
+
+
+def names_of_training(
+  data: str | None, num_classes: int | None, data_dir: str | None
+) -> list[str] | None:
+  """Names of the classes that a network was trained on.
+
+  Args:
+    data: name of its data set.
+    num_classes: of the network.
+    data_dir: of data sets.
+
+  Returns:
+    None where the data set is not there or has other classes.
+  """
+  directory = data and dataset_lib.find_directory(data, data_dir)
+  names = directory and dataset_lib.read_metadata(directory).get("class_names")
+  return names if names and len(names) == num_classes else None
 
 
 def _read_sampling(folder: pathlib.Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.moments import check_features
 
+SPLIT_SIZE = 5000
 _CHUNK = 1024  # rows of logits at a time: 8 MiB of float64 for 1008 classes
 
 
@@ -24,7 +25,7 @@ class InceptionScore:
   score behind, the open one two sums.
   """
 
-  def __init__(self, split_size: int = 5000):
+  def __init__(self, split_size: int = SPLIT_SIZE):
     if split_size < 1:
       raise UserError(f"{split_size=} must be 1 or more")
     self._split_size = split_size
@@ -90,7 +91,7 @@ class InceptionScore:
     return np.exp(self._negentropy / self._open - np.sum(q * np.log(q)))
 
 
-def inception_score(logits, split_size: int = 5000) -> float:
+def inception_score(logits, split_size: int = SPLIT_SIZE) -> float:
   """Inception score (1), the mean over splits of consecutive samples.
 
   Args:

@@ -3,7 +3,7 @@
 Every process of a run does all of it; the first one writes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import pathlib
 from typing import Any
 
@@ -12,7 +12,9 @@ import numpy as np
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import card as card_lib
+from diffit_jax.evaluation import classes as classes_lib
 from diffit_jax.evaluation import scores
+from diffit_jax.evaluation.inception_score import SPLIT_SIZE
 from diffit_jax.evaluation.measure import Measure, partial_file, remove_partial
 from diffit_jax.evaluation.samples import Samples
 from diffit_jax.parallel import runtime
@@ -31,7 +33,7 @@ def evaluate(
   Args:
     measure: what is measured, and against what.
     samples: the samples.
-    num: how many; repeat r takes the samples r * num .. (r + 1) * num - 1.
+    num: how many; each repeat takes others.
     repeats: of which the one with the smallest distance is reported.
     partial: stem of the files that keep what was gathered; None for none.
 
@@ -47,14 +49,18 @@ def evaluate(
     _score(measure, samples, num, repeat, partial) for repeat in range(repeats)
   ]
   best, reported = _best([values for values, *_ in found], measure)
-  values, missing, classes = found[best]
+  values, missing, classes, rule = found[best]
+  protocol = measure.protocol() | {"repeats": repeats, "reported": reported}
+  protocol["warnings"] += warn_of_order(measure.wanted, samples, num)
+  if rule:
+    protocol["classes"] = rule
   return card_lib.make(
     metrics=values,
     not_computed=missing,
     per_class=classes,
     num_samples=num,
-    protocol=measure.protocol() | {"repeats": repeats, "reported": reported},
-    samples=samples.about,
+    protocol=protocol,
+    samples=_about(samples, num),
     repeats=[each for each, *_ in found] if repeats > 1 else None,
   )
 
@@ -87,26 +93,60 @@ def _check_num(samples: Samples, num: int, repeats: int) -> None:
     )
 
 
-def _score(measure, samples, num, repeat, partial):
-  """(metrics, why others are missing, distances by class) of one repeat."""
-  collector, first = measure.collector, repeat * num
-  labels = samples.labels(first, num) if measure.per_class else None
-  if measure.per_class and labels is None:
+def _about(samples: Samples, num: int) -> dict[str, Any]:
+  """What a card says of the samples, with which of them were taken."""
+  rule = samples.subset_rule(num)
+  return samples.about | ({"subset": rule} if rule else {})
+
+
+def warn_of_order(
+  wanted: Collection[str], samples: Samples, num: int
+) -> list[str]:
+  """What to say where splits of the inception score hold few classes each."""
+  is_split = "inception_score" in wanted and num > SPLIT_SIZE
+  # Data sets are in mixed order, and a network's classes are dealt out.
+  if not is_split or samples.about["kind"] in ("dataset", "network"):
+    return []
+  classes = samples.classes(0, num)
+  changes = [] if classes is None else np.diff(classes.labels)
+  if not np.any(changes) or np.any(np.less(changes, 0)):
+    return []
+  return [
+    f"the images lie class by class, and each {SPLIT_SIZE} in that order are a"
+    " split of the inception score, which comes out too small with few classes"
+    " in each: mix the images"
+  ]
+
+
+def _classes(samples: Samples, num: int, repeat: int) -> classes_lib.Classes:
+  classes = samples.classes(repeat, num)
+  if classes is None:
     raise UserError(
       f"--per_class needs labels, and the samples of {samples.about['source']}"
       " have none: an npz has them as arr_1"
     )
+  return classes
+
+
+def _score(measure, samples, num, repeat, partial):
+  """(metrics, why others are missing, distances by class, how classes were
+  told to be the same) of one repeat.
+  """
+  collector, match = measure.collector, None
+  if measure.per_class:
+    classes = _classes(samples, num, repeat)
+    match = classes_lib.match(classes, measure.reference.images.classes)
   needs_rows = measure.per_class or scores.need_rows(
     measure.wanted, measure.space
   )
   settings = {
-    "samples": samples.about,
+    "samples": _about(samples, num),
     "extractor": dict(collector.extractor.about),
-    "range": [first, num],
+    "range": [repeat * num, num],
     "rows": needs_rows,
   }
   gathered = collector.collect(
-    samples.batches(first, num, collector.mesh),
+    samples.batches(repeat, num, collector.mesh),
     f"features of {samples.about['source']}",
     held=None if needs_rows else np.arange(0),
     partial=partial_file(partial, f"samples{repeat}", settings),
@@ -114,12 +154,14 @@ def _score(measure, samples, num, repeat, partial):
   values, missing = scores.score(
     gathered, measure.statistics, measure.wanted, measure.space
   )
-  classes = {}
-  if measure.per_class:
-    classes = scores.per_class(gathered.rows(), labels, measure.statistics)
-    name = "fid" if measure.space == "inception" else f"frechet_{measure.space}"
-    values[f"intra_{name}"] = float(np.mean(list(classes.values())))
-  return values, missing, classes
+  if match is None:
+    return values, missing, {}, None
+  distances = scores.per_class(
+    gathered.rows(), classes.labels, measure.statistics, match.pairs
+  )
+  name = "fid" if measure.space == "inception" else f"frechet_{measure.space}"
+  values[f"intra_{name}"] = float(np.mean(list(distances.values())))
+  return values, missing, distances, match.rule
 
 
 def prepare_output(out: pathlib.Path, is_folder: bool) -> None:
@@ -170,13 +212,14 @@ def _is_same(
   wanted = {
     **measure.protocol(),
     "repeats": repeats,
-    "samples": samples.about,
+    "samples": _about(samples, num),
   }
   done = {*card["metrics"], *card["not_computed"]}
   return (
     card["num_samples"] == num
     and {*measure.wanted} <= done
-    and ("per_class" in card or not measure.per_class)
+    # Cards of before classes had names do not say which are the same.
+    and ("classes" in found or not measure.per_class)
     and all(
       card_lib.deciding(found.get(key)) == card_lib.deciding(wanted[key])
       for key in ("features", "reference", "repeats", "samples")

@@ -25,6 +25,7 @@ import numpy as np
 
 from diffit_jax import npz
 from diffit_jax.errors import UserError
+from diffit_jax.evaluation import image_set
 from diffit_jax.evaluation import images as images_lib
 from diffit_jax.evaluation.image_set import Images
 
@@ -85,7 +86,7 @@ def read_reference(
     if path.is_file() and npz.is_npz(path):
       members = npz.open_npz(path)
       if not {"mu", "sigma"}.isdisjoint(members):
-        return _of_statistics(members, path, str(where))
+        return _of_statistics(members, path, str(where), data_dir)
   images = images_lib.open_images(where, data_dir, split)
   return Reference(
     pool=None,
@@ -148,13 +149,8 @@ def write_reference(
 def choose_subset(
   num: int, size: int = SUBSET_SIZE, seed: int = 0
 ) -> np.ndarray:
-  """Which images of a set go into a file: sorted indices, without repeats.
-
-  The generator is numpy's frozen one: the choice never changes with numpy.
-  """
-  if num <= size:
-    return np.arange(num)
-  return np.sort(np.random.RandomState(seed).permutation(num)[:size])
+  """Which images of a set go into a file: sorted indices, without repeats."""
+  return np.sort(image_set.choose_subset(num, min(num, size), seed=seed))
 
 
 def check_dims(reference: Reference, dims: Mapping[str, int]) -> None:
@@ -218,14 +214,17 @@ def check_extractor(reference: Reference, about: Mapping[str, Any]) -> None:
 
 
 def _of_statistics(
-  members: dict[str, npz.Member], path: pathlib.Path, source: str
+  members: dict[str, npz.Member],
+  path: pathlib.Path,
+  source: str,
+  data_dir: str | None,
 ) -> Reference:
   sha256, said = npz.hash_npz(members), _read_about(members)
   pool = _read_statistics(members, "", source)
   spatial = _read_statistics(members, "_s", source)
   images = None
   if "arr_0" in members:
-    images = images_lib.from_npz(members, path, source, sha256)
+    images = images_lib.from_npz(members, path, source, sha256, data_dir)
   is_edm = spatial is None and images is None
   about = {"source": source, "kind": "edm" if is_edm else "adm"}
   about["sha256"] = sha256

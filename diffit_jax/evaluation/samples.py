@@ -1,11 +1,12 @@
 """What is scored: images that are there, or a network that makes them.
 
-Both give batches of the samples first .. first + num - 1, their labels, and
-what a card says of them.
+Both give batches of the samples of repeat 0, 1, ..., which share none, their
+classes, and what a card says of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import copy
+import dataclasses
 from typing import Any
 
 from flax import linen as nn
@@ -18,10 +19,13 @@ from diffit_jax.evaluation.batches import (
   ImageBatches,
   SampledBatches,
 )
+from diffit_jax.evaluation.classes import Classes
 from diffit_jax.evaluation.guard import Guard
-from diffit_jax.evaluation.image_set import Images
+from diffit_jax.evaluation.image_set import Images, choose_subset
 from diffit_jax.generation import generator, job
 from diffit_jax.generation.weights import Weights
+
+_SEED = 1  # of subsets; the reference's own subset has the seed 0
 
 
 class ImageSamples:
@@ -38,17 +42,37 @@ class ImageSamples:
     self.available, self.shape = images.num, images.shape
     self.about = {**images.about, "sampling": images.sampling}
     self._images = images
+    # Images that `sample` made are independent of each other, or have their
+    # classes in turn: the first ones are those that a network makes first.
+    self._in_order = bool(images.sampling)
 
-  def batches(self, first: int, num: int, mesh: Mesh) -> Batches:
-    """Images first .. first + num - 1."""
+  def batches(self, repeat: int, num: int, mesh: Mesh) -> Batches:
+    """The `num` images of a repeat."""
     guard = Guard(str(self.about["source"]))
-    index = np.arange(first, first + num)
-    return ImageBatches(self._images, mesh, index, guard)
+    return ImageBatches(self._images, mesh, self._choose(repeat, num), guard)
 
-  def labels(self, first: int, num: int) -> np.ndarray | None:
-    """[num] classes, or None where the images have none."""
-    labels = self._images.labels
-    return None if labels is None else labels[first : first + num]
+  def classes(self, repeat: int, num: int) -> Classes | None:
+    """Those of these images, or None where the images have none."""
+    found = self._images.classes
+    if found is None:
+      return None
+    index = self._choose(repeat, num)
+    return dataclasses.replace(found, labels=found.labels[index])
+
+  def subset_rule(self, num: int) -> str | None:
+    """Which images `num` of them are, in words; None for all, or the first."""
+    if self._in_order or num == self.available:
+      return None
+    return (
+      f"{num} of {self.available} without replacement, repeat r being"
+      f" numpy.random.RandomState({_SEED}).permutation({self.available})"
+      f"[{num} * r : {num} * (r + 1)]"
+    )
+
+  def _choose(self, repeat: int, num: int) -> np.ndarray:
+    if self._in_order:
+      return np.arange(repeat * num, (repeat + 1) * num)
+    return choose_subset(self.available, num, repeat, _SEED)
 
 
 class NetworkSamples:
@@ -71,6 +95,7 @@ class NetworkSamples:
     seed: int,
     labels: str,
     codec=None,
+    class_names: Sequence[str] | None = None,
   ):
     """Compiles nothing yet.
 
@@ -81,6 +106,7 @@ class NetworkSamples:
       seed: sample i depends on (seed, i).
       labels: see `generator.choose_labels`.
       codec: decodes the latents of a latent model.
+      class_names: of the classes 0, 1, ...; None where they are not known.
 
     Raises:
       UserError: as `sample_shape`; labels that the network does not have.
@@ -88,11 +114,11 @@ class NetworkSamples:
     config = weights.config
     self.shape = sample_shape(config, codec)
     self._generate = generator.make_generator(model, config, mesh, codec)
-    self._classes = lambda index: generator.choose_labels(
+    self._choose_labels = lambda index: generator.choose_labels(
       index, seed, model.num_classes, labels
     )
-    self._has_labels = bool(model.num_classes)
-    self._classes(np.arange(1))  # refuses wrong labels now
+    self._num_classes, self._class_names = model.num_classes, class_names
+    self._choose_labels(np.arange(1))  # refuses wrong labels now
     self._seed, self._labels, self._codec = seed, labels, codec
     self._use(weights)
 
@@ -111,8 +137,8 @@ class NetworkSamples:
     other._use(weights)
     return other
 
-  def batches(self, first: int, num: int, mesh: Mesh) -> Batches:
-    """Samples first .. first + num - 1."""
+  def batches(self, repeat: int, num: int, mesh: Mesh) -> Batches:
+    """Samples repeat * num .. (repeat + 1) * num - 1."""
     return SampledBatches(
       self._generate,
       self._weights.params,
@@ -120,15 +146,25 @@ class NetworkSamples:
       Guard(f"the samples of {self._weights.source}"),
       num=num,
       seed=self._seed,
-      classes=self._classes,
-      first=first,
+      classes=self._choose_labels,
+      first=repeat * num,
     )
 
-  def labels(self, first: int, num: int) -> np.ndarray | None:
-    """[num] classes, or None of an unconditional network."""
-    if not self._has_labels:
+  def classes(self, repeat: int, num: int) -> Classes | None:
+    """Those of these samples, or None of an unconditional network."""
+    if not self._num_classes:
       return None
-    return self._classes(np.arange(first, first + num))
+    index = np.arange(repeat * num, (repeat + 1) * num)
+    return Classes(
+      str(self.about["source"]),
+      self._choose_labels(index),
+      self._class_names,
+      self._num_classes,
+    )
+
+  def subset_rule(self, num: int) -> None:
+    """None: samples are made in order, each independent of the others."""
+    del num
 
 
 def sample_shape(config: Mapping, codec=None) -> tuple[int, int]:

@@ -134,31 +134,35 @@ def _frechet(moments, reference: Gaussian) -> float:
 
 
 def per_class(
-  rows: np.ndarray, labels: np.ndarray, reference: ReferenceStatistics
-) -> dict[int, float]:
+  rows: np.ndarray,
+  labels: np.ndarray,
+  reference: ReferenceStatistics,
+  pairs: Collection[tuple[str, int, int]],
+) -> dict[str, float]:
   """Fréchet distance of each class's samples from the same class's reference.
 
   Args:
     rows: [n, d] features of the samples.
     labels: [n] their classes.
     reference: with rows and labels.
+    pairs: which classes are the same, see `classes.Match`.
 
   Returns:
-    {class: distance} of the classes that the samples have.
+    {title of the class: distance}.
 
   Raises:
     UserError: a class with fewer than two images on either side.
   """
   found = {}
-  for label in np.unique(labels):
-    ours = rows[labels == label]
-    theirs = reference.rows[reference.labels == label]
+  for title, our_label, their_label in pairs:
+    ours = rows[labels == our_label]
+    theirs = reference.rows[reference.labels == their_label]
     if min(len(ours), len(theirs)) < 2:
       raise UserError(
-        f"class {label} has {len(ours)} samples and {len(theirs)} reference"
+        f"class {title} has {len(ours)} samples and {len(theirs)} reference"
         " images, and each side needs two: make more, or leave --per_class out"
       )
-    found[int(label)] = metrics.frechet_distance(
+    found[title] = metrics.frechet_distance(
       *_mean_and_covariance(theirs), *_mean_and_covariance(ours)
     )
   return found

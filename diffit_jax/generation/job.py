@@ -212,6 +212,8 @@ def describe(weights: Weights, seed: int, labels: str, codec) -> dict:
     "vae": codec.hash if codec else None,
     "about": {
       "config": weights.config.name,
+      "data": weights.config.data.name,
+      "num_classes": weights.config.model.num_classes,
       "config_sha256": config_hash.hexdigest(),
       "source": weights.source,
       "uint8_rule": "edm" if is_edm else "adm",  # of `sampling.images`

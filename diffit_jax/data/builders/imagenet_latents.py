@@ -148,11 +148,6 @@ def _images_of_files(source: sources.Source) -> Images:
 
 def _images_of_dataset(dataset: dataset_lib.Dataset) -> Images:
   directory = pathlib.Path(dataset.directory)
-  names_file = directory / "label.labels.txt"  # TFDS's
-  if names_file.exists():
-    class_names = names_file.read_text().split("\n")[: dataset.num_classes]
-  else:
-    class_names = [str(label) for label in range(dataset.num_classes)]
   content = dataset.metadata.get("content_hash")
   if not content:  # not ours
     files = sorted(directory.glob("*array_record*"))
@@ -166,7 +161,7 @@ def _images_of_dataset(dataset: dataset_lib.Dataset) -> Images:
   return Images(
     path=str(directory),
     num=dataset.num_images,
-    class_names=class_names,
+    class_names=list(dataset.class_names),
     listing_hash=content,
     name=lambda i: f"train/{i:08d}",
     read=read,
