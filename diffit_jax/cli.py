@@ -98,7 +98,8 @@ def _end_with(message: str, code: int) -> None:
     sys.stdout.flush()
   last = os.dup(sys.stderr.fileno())
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-  os.write(last, f"{_line(message)}\n".encode())
+  # A path may be no UTF-8.
+  os.write(last, f"{_line(message)}\n".encode(errors="backslashreplace"))
   os._exit(code)
 
 

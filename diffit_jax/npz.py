@@ -110,8 +110,8 @@ def is_npz(path: str | os.PathLike) -> bool:
   try:
     with zipfile.ZipFile(path) as archive:
       return any(name.endswith(_SUFFIX) for name in archive.namelist())
-  except (OSError, zipfile.BadZipFile):
-    return False
+  except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+    return False  # ValueError: a name that is not the UTF-8 it claims to be
 
 
 def open_npz(path: str | os.PathLike) -> dict[str, Member]:

@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 
+from diffit_jax import npz
 from diffit_jax.data import sources
 from diffit_jax.errors import UserError
 
@@ -155,6 +156,7 @@ def test_a_zip_whose_directory_is_damaged_is_one_sentence(tmp_path):
   _zip(path, ["é.png"])
   data = path.read_bytes()
   path.write_bytes(data.replace("é".encode(), b"\xff\xff"))  # no UTF-8
+  assert not npz.is_npz(path)  # asked first where images are to be scored
   with pytest.raises(UserError, match="neither a folder nor a sound zip file"):
     sources.open_source(str(path))
 
