@@ -53,7 +53,7 @@ per_process = lambda f: [
 ]
 FORMULAS = {  # of images x, levels s [b] and steps t [b] int32
   "edm.precondition": lambda x, s, t: edm.precondition(s, 0.5),
-  "edm.loss": lambda x, s, t: edm.loss(x, x, s, 0.5),
+  "edm.weighted_error": lambda x, s, t: edm.weighted_error(x, x, s),
   "precond.denoise": lambda x, s, t: per_process(
     lambda p: p.denoise(lambda x, _: x.astype(jnp.bfloat16), x, s)
   ),
