@@ -153,42 +153,73 @@ def _compare(files: list[str]) -> int:
   return 0
 
 
-def _collector(stop):
-  """The feature space, on all devices."""
+def _space():
   from diffit_jax.evaluation import spaces
+
+  return spaces.open_space(_FEATURES.value, _INCEPTION.value, _RESIZE.value)
+
+
+def _collector(space, stop, held):
+  """The feature space, on all devices, for what is claimed by `held`."""
   from diffit_jax.evaluation.collector import Collector, asking
   from diffit_jax.parallel.mesh import make_mesh
 
   return Collector(
-    spaces.open_space(_FEATURES.value, _INCEPTION.value, _RESIZE.value),
+    space,
     make_mesh(),
     batch_size=_BATCH_SIZE.value,
     should_stop=asking(stop),
+    check_claim=held.check,
   )
+
+
+def _claimed(out: pathlib.Path, is_folder: bool = False):
+  """The context in which no other process writes to --out."""
+  from diffit_jax import claim
+  from diffit_jax.parallel import runtime
+
+  path = out / ".sweep" if is_folder else out
+  path = path.with_name(f"{path.name}.claim")
+  return claim.exclusive(path, "--out", out, runtime.from_first)
 
 
 def _build_reference(stop) -> int:
   from diffit_jax.evaluation import images, measure
 
+  out = pathlib.Path(_OUT.value)
   found = images.open_images(_BUILD.value, _DATA_DIR.value, _SPLIT.value)
-  measure.build_reference(_collector(stop), found, _OUT.value)
+  space = _space()
+  with _claimed(out) as held:
+    measure.build_reference(_collector(space, stop, held), found, out)
   print(f"reference: {_OUT.value} ({found.num:,} images)")
   return 0
 
 
 def _evaluate(stop) -> int:
-  from diffit_jax.evaluation import card, job, reference, scores, sweep
-  from diffit_jax.evaluation import measure as measure_lib
+  from diffit_jax.evaluation import job, reference, scores, sweep
 
   scores.choose(_METRICS.value, _FEATURES.value)  # a mistake would show late
   name, values = sweep.parse(_SWEEP.value)
   out = pathlib.Path(_OUT.value)
-  collector = _collector(stop)
+  space = _space()
   found = reference.read_reference(
     _REFERENCE.value, _DATA_DIR.value, _SPLIT.value
   )
   job.prepare_output(out, is_folder=bool(name))
+  with _claimed(out, is_folder=bool(name)) as held:
+    collector = _collector(space, stop, held)
+    _make_cards(collector, found, name, values, out)
+  return 0
+
+
+def _make_cards(collector, found, name, values, out: pathlib.Path) -> None:
+  """The card at `out`, or in it one for each value of the swept field."""
+  from diffit_jax.evaluation import card, job, sweep
+  from diffit_jax.evaluation import measure as measure_lib
+  from diffit_jax.parallel import runtime
+
   make = _images() if _SAMPLES.value else _network(collector.mesh, name)
+  partial = out / "reference" if name else out
   measure = None
   cards = {}
   for value in values:
@@ -200,7 +231,7 @@ def _evaluate(stop) -> int:
         samples.shape,
         wanted=_METRICS.value,
         per_class=_PER_CLASS.value,
-        partial=out / "reference" if name else out,
+        partial=partial,
       )
     cards[value] = job.evaluate_to_file(
       measure,
@@ -210,10 +241,10 @@ def _evaluate(stop) -> int:
       repeats=_REPEATS.value,
     )
     print(card.lines(cards[value]), flush=True)
+  runtime.from_first(collector.check_claim)
   if name:
     print(f"plot: {sweep.write(name, cards, out)}")
-  measure_lib.remove_partial(out / "reference" if name else out)
-  return 0
+  measure_lib.remove_partial(partial)
 
 
 def _num(available: int | None) -> int:

@@ -1,5 +1,6 @@
 """evaluate as a user types it: from images to cards, and mistakes."""
 
+import os
 import signal
 import time
 
@@ -8,6 +9,7 @@ from PIL import Image
 import pytest
 
 import commands
+from diffit_jax import claim
 from diffit_jax.evaluation import card
 import inception_fill
 import two_processes as driver
@@ -311,6 +313,19 @@ def test_mistakes_end_in_one_line(place, options, statistics, data_dir):
     line = commands.last_error(f"evaluate {arguments}")
     assert message in line, (arguments, line)
   assert not (place / "x.json").exists() and not (place / "y").exists()
+  assert not list(place.glob("[xy]*.claim"))
+
+
+def test_two_evaluations_do_not_write_one_card(place):
+  card_file = place / "busy.json"
+  command = (
+    f"evaluate --samples={place}/samples --reference={place}/samples"
+    f" --features=pixels --out={card_file}"
+  )
+  with claim.exclusive(f"{card_file}.claim", "--out", card_file):
+    line = commands.last_error(command)
+  assert f"--out={card_file} is in use by process {os.getpid()} on" in line
+  assert not list(place.glob("busy*"))
 
 
 def test_fid_during_training_is_against_its_own_set(place):

@@ -13,8 +13,8 @@ from commands import ROOT
 PACKAGE = ROOT / "diffit_jax"
 # Anyone may use these.
 LEAVES = {
-  *("__version__", "config_files", "environment", "errors", "interrupt"),
-  *("npz", "paths", "progress", "stop"),
+  *("__version__", "claim", "config_files", "environment", "errors"),
+  *("interrupt", "npz", "paths", "progress", "stop"),
 }
 # What each part may import of the others; entry points may import all.
 MAY_IMPORT = {

@@ -61,6 +61,8 @@ class Collector:
   Attributes:
     extractor: what makes the features.
     mesh: of the devices.
+    check_claim: called before a file is written, in the process that writes;
+      raises a UserError where another process has taken the place.
   """
 
   def __init__(
@@ -70,6 +72,7 @@ class Collector:
     *,
     batch_size: int = 64,
     should_stop: Callable[[], bool] = lambda: False,
+    check_claim: Callable[[], None] = lambda: None,
   ):
     """Copies the extractor's weights to the devices.
 
@@ -78,8 +81,10 @@ class Collector:
       mesh: of the devices.
       batch_size: images per call, over all devices; rounded up to fill them.
       should_stop: asked after every batch; says the same in all processes.
+      check_claim: see the class.
     """
     self.extractor, self.mesh = extractor, mesh
+    self.check_claim = check_claim
     self._batch_size = -(-batch_size // mesh.size) * mesh.size
     check_batch(mesh, self._batch_size, "batch_size")
     self._should_stop = should_stop
@@ -164,9 +169,20 @@ class Collector:
 class PartialFile:
   """What was gathered so far, with the settings that it was gathered under."""
 
-  def __init__(self, path: str | os.PathLike, settings: Mapping):
-    """`settings`: JSON-able; a file of other settings is passed over."""
-    self.path = pathlib.Path(path)
+  def __init__(
+    self,
+    path: str | os.PathLike,
+    settings: Mapping,
+    check_claim: Callable[[], None],
+  ):
+    """Reads and writes nothing yet.
+
+    Args:
+      path: of the file.
+      settings: JSON-able; a file of other settings is passed over.
+      check_claim: as the collector's.
+    """
+    self.path, self._check_claim = pathlib.Path(path), check_claim
     self._settings = json.dumps(settings, sort_keys=True)
     self._saved_at = time.monotonic()
 
@@ -204,6 +220,7 @@ class PartialFile:
     self._saved_at = time.monotonic()
     if not runtime.is_first():
       return
+    self._check_claim()
     new = self.path.with_name(f"{self.path.name}.new")
     try:
       with new.open("wb", buffering=io.DEFAULT_BUFFER_SIZE) as file:

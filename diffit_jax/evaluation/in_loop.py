@@ -45,6 +45,7 @@ class Evaluator:
     mesh: Mesh,
     codec,
     should_stop: Callable[[], bool],
+    check_claim: Callable[[], None],
     *,
     directory: str | os.PathLike,
     inception: str | None,
@@ -58,6 +59,7 @@ class Evaluator:
       mesh: of the devices.
       codec: decodes the latents of a latent model.
       should_stop: asked after every batch; says the same in all processes.
+      check_claim: see `Collector`.
       directory: the workdir.
       inception: safetensors file of Inception's weights, where they are needed.
       data_dir: of the prepared data sets.
@@ -75,6 +77,7 @@ class Evaluator:
       mesh,
       batch_size=min(_PER_DEVICE * mesh.size, options.num),
       should_stop=should_stop,
+      check_claim=check_claim,
     )
     self._gather = jax.jit(lambda x: x, out_shardings=replicated(mesh))
     self._make_samples = lambda loaded: NetworkSamples(

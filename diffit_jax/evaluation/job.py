@@ -145,11 +145,12 @@ def _score(measure, samples, num, repeat, partial):
     "range": [repeat * num, num],
     "rows": needs_rows,
   }
+  file = partial_file(partial, f"samples{repeat}", settings, collector)
   gathered = collector.collect(
     samples.batches(repeat, num, collector.mesh),
     f"features of {samples.about['source']}",
     held=None if needs_rows else np.arange(0),
-    partial=partial_file(partial, f"samples{repeat}", settings),
+    partial=file,
   )
   values, missing = scores.score(
     gathered, measure.statistics, measure.wanted, measure.space
@@ -199,6 +200,7 @@ def evaluate_to_file(
     return card
   card = evaluate(measure, samples, partial=path, **options)
   if runtime.is_first():
+    measure.collector.check_claim()
     card_lib.write(path, card)
   remove_partial(path)
   return card

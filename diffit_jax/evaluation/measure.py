@@ -186,7 +186,7 @@ def _gather(
     "extractor": dict(collector.extractor.about),
     "held": "all" if held is None else len(held),
   }
-  file = partial_file(partial, "reference", settings)
+  file = partial_file(partial, "reference", settings, collector)
   return collector.collect(
     batches, f"features of {source}", held=held, partial=file
   )
@@ -205,12 +205,13 @@ def _statistics(gathered: Statistics, missing, labels):
 
 
 def partial_file(
-  stem: pathlib.Path | None, what: str, settings: dict
+  stem: pathlib.Path | None, what: str, settings: dict, collector: Collector
 ) -> PartialFile | None:
   """The file that keeps what is gathered of `what`; None for no stem."""
   if stem is None:
     return None
-  return PartialFile(stem.with_name(f"{stem.name}.{what}.partial"), settings)
+  path = stem.with_name(f"{stem.name}.{what}.partial")
+  return PartialFile(path, settings, collector.check_claim)
 
 
 def remove_partial(stem: pathlib.Path) -> None:
@@ -240,6 +241,7 @@ def build_reference(
   gathered = _gather(collector, images, np.arange(0), out)
   found = _statistics(gathered, {}, None)
   if runtime.is_first():
+    collector.check_claim()
     blocks = (
       images.read(subset[i : i + 64]) for i in range(0, len(subset), 64)
     )

@@ -19,7 +19,7 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from diffit_jax import models
+from diffit_jax import claim, models
 from diffit_jax.errors import UserError
 from diffit_jax.generation import generator
 from diffit_jax.generation.output import (
@@ -85,28 +85,46 @@ def sample_to_folder(
     LATENTS if is_latent else IMAGES,
     generator.sample_shape(config, codec),
   )
-  _claim(output, describe(weights, seed, labels, codec))
+  settings = describe(weights, seed, labels, codec)
   generate_batch = lambda index: generate(
     weights.params, seed, index.astype(np.uint32), classes(index)
   )
-
-  waiting = output.missing(num)
-  logging.info(
-    "sampling %d %s (%d there already) from %s, ema %s",
-    num,
-    output.kind.name,
-    num - len(waiting),
-    weights.source,
-    weights.ema,
-  )
-  if waiting:
-    _report_skipped(weights, mesh, seed, classes)
   classes_of_all = classes(np.arange(num)) if model.num_classes else None
+  place = output.folder / ".sampling.claim"
+  with claim.exclusive(place, "--out", output.folder) as held:
+    _begin(output, settings)
+    waiting = output.missing(num)
+    logging.info(
+      "sampling %d %s (%d there already) from %s, ema %s",
+      num,
+      output.kind.name,
+      num - len(waiting),
+      weights.source,
+      weights.ema,
+    )
+    if waiting:
+      _report_skipped(weights, mesh, seed, classes)
+    make = lambda waiting: _make(
+      output, generate_batch, waiting, batch_size, num, held
+    )
+    return _make_all(output, make, waiting, num, classes_of_all, held)
+
+
+def _make_all(
+  output: Output,
+  make: Callable[[list[int]], bool],
+  waiting: list[int],
+  num: int,
+  classes: np.ndarray | None,
+  held: claim.Claim,
+) -> Result | None:
+  """Makes the samples that wait, and once more those that turn out damaged."""
   for is_last in (False, True):
-    if not _make(output, generate_batch, waiting, batch_size, num):
+    if not make(waiting):
       return None
+    held.check()
     try:
-      return Result(*output.finish(num, classes_of_all))
+      return Result(*output.finish(num, classes))
     except OSError as error:
       raise _cannot_write(output.folder, error) from error
     except Unreadable as error:
@@ -124,6 +142,7 @@ def _make(
   waiting: list[int],
   batch_size: int,
   num: int,
+  held: claim.Claim,
 ) -> bool:
   """Makes the samples that wait, in whole batches; False where SIGTERM came."""
   batches = itertools.groupby(waiting, lambda i: i // batch_size)
@@ -137,6 +156,7 @@ def _make(
         return False
       index = np.arange(batch * batch_size, (batch + 1) * batch_size)
       samples = generate_batch(index)
+      held.check()
       progress.update(_write_batch(output, pool, index, samples, [*wanted]))
   return True
 
@@ -234,7 +254,7 @@ def hash_tree(tree) -> str:
   return digest.hexdigest()
 
 
-def _claim(output: Output, settings: dict) -> None:
+def _begin(output: Output, settings: dict) -> None:
   """Writes sampling.json, or refuses a folder of other or unknown samples."""
   folder, path = output.folder, output.folder / "sampling.json"
   try:

@@ -17,7 +17,7 @@ from ml_collections import config_dict
 import numpy as np
 import optax
 
-from diffit_jax import environment
+from diffit_jax import claim, environment
 from diffit_jax.autoencoder.codec import make_codec
 from diffit_jax.data import pipeline
 from diffit_jax.errors import UserError
@@ -82,8 +82,9 @@ def train(
       the fly and decodes sample grids.
     profile_steps: steps to trace into `<directory>/plugins/profile`, counted
       from 1.
-    make_evaluator: (model, config, mesh, codec, should_stop) -> Evaluator, for
-      a score every `config.evaluate_every_steps`; None for no scores.
+    make_evaluator: (model, config, mesh, codec, should_stop, check_claim) ->
+      Evaluator, for a score every `config.evaluate_every_steps`; None for no
+      scores.
 
   Returns:
     True once total_steps are done, saved and scored; False where SIGTERM came
@@ -94,8 +95,11 @@ def train(
       would draw other numbers (`environment.check`).
   """
   environment.check()
-  with StopRequest(runtime.preemption_notice()) as stop:
-    run = _start(config, directory, data_dir, devices, vae)
+  with (
+    StopRequest(runtime.preemption_notice()) as stop,
+    contextlib.ExitStack() as claims,
+  ):
+    run = _start(config, directory, data_dir, devices, vae, claims)
     try:
       run.use_hooks(make_sampler, make_evaluator, lambda: stop.requested)
       run.profile = timing.Profile(
@@ -110,8 +114,11 @@ def train(
         run.checkpoints.close()
 
 
-def _start(config, directory, data_dir, devices, vae) -> "_Run":
-  """Checks all that can be wrong, claims the workdir, and restores."""
+def _start(config, directory, data_dir, devices, vae, claims) -> "_Run":
+  """Checks all that can be wrong, claims the workdir, and restores.
+
+  `claims` is the ExitStack that gives the workdir free at the run's end.
+  """
   runtime.together(lambda: storage.check_name(directory))
   runtime.check_same("config", config.to_json_best_effort())
   program = program_lib.build(config, devices)
@@ -128,7 +135,15 @@ def _start(config, directory, data_dir, devices, vae) -> "_Run":
     initial = runtime.together(
       lambda: files.read_initial(config.init_from, config)
     )
-  runtime.from_first(lambda: workdir.claim(directory, config, identity))
+  held = claims.enter_context(
+    claim.exclusive(
+      directory / ".training.claim",
+      "--workdir",
+      directory,
+      runtime.from_first,
+    )
+  )
+  runtime.from_first(lambda: workdir.enter(directory, config, identity))
   checkpoints = Checkpoints(
     directory,
     max_to_keep=config.keep_checkpoints,
@@ -138,7 +153,7 @@ def _start(config, directory, data_dir, devices, vae) -> "_Run":
   snapshots = Snapshots(directory, config)
   try:
     run = _Run(config, directory, program, checkpoints, snapshots, initial)
-    run.dataset, run.codec = dataset, codec
+    run.dataset, run.codec, run.claim = dataset, codec, held
     return run
   except BaseException:
     with contextlib.closing(snapshots):
@@ -199,7 +214,8 @@ class _Run:
       if self.sampler is None:
         logging.info("no sample grids: --vae was not given to decode them")
     if make_evaluator is not None and config.get("evaluate_every_steps"):
-      self.evaluator = make_evaluator(*hook_arguments, should_stop)
+      check = self.claim.check
+      self.evaluator = make_evaluator(*hook_arguments, should_stop, check)
       for step in self.checkpoints.steps():
         self.checkpoints.note(step, self.evaluator.find(step))
 
@@ -278,7 +294,9 @@ class _Run:
       and not self.evaluator.find(self.step)
     )
 
-  def _check_finite(self) -> None:
+  def _check(self) -> None:
+    """To be called before anything is written, by all processes."""
+    runtime.from_first(self.claim.check)
     bad_step = int(self.monitor.bad_step)
     if bad_step >= 0:
       self._fail("the loss was not finite in", bad_step + 1)
@@ -292,7 +310,7 @@ class _Run:
     )
 
   def _log(self) -> None:
-    self._check_finite()
+    self._check()
     config, step = self.config, self.step
     monitor = jax.device_get(self.monitor)  # waits for the device
     last = np.int32(step - 1)
@@ -313,7 +331,7 @@ class _Run:
     self.clock.restart(step)
 
   def _sample(self) -> None:
-    self._check_finite()
+    self._check()
     with self.watchdog.patient():
       for name, tree in self.state.ema.items():
         self.writer.images(self.step, f"samples_{name}", self.sampler(tree))
@@ -330,7 +348,7 @@ class _Run:
     self.clock.restart(self.step)
 
   def _check_params(self) -> None:
-    self._check_finite()
+    self._check()
     if not np.isfinite(self.param_norm(self.state.params)):
       self._fail("a parameter was not finite after", self.step)
 

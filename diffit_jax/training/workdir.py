@@ -127,7 +127,7 @@ def check(
     )
 
 
-def claim(
+def enter(
   workdir: str | os.PathLike, config: config_dict.ConfigDict, data: Mapping
 ) -> None:
   """Checks the folder and writes `config.json`; arguments as in `check`."""

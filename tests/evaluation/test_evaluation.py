@@ -224,6 +224,29 @@ class TestStops:
     job.evaluate_to_file(compared, samples, path, num=30, repeats=1)
     assert card.read(path)["num_samples"] == 30
 
+  def test_nothing_is_written_to_a_place_that_was_lost(self, tmp_path):
+    """Neither what was gathered nor a card over that of the new holder."""
+    path, lost = tmp_path / "card.json", []
+
+    def check_claim():
+      if lost:
+        raise UserError("taken over")
+
+    collector = Collector(
+      spaces.pixels_space(),
+      mesh_of(1),
+      check_claim=check_claim,
+      should_stop=lambda: lost.append(True),
+    )
+    samples = ImageSamples(images.open_images(FAKE))
+    found = reference.read_reference(REAL)
+    with pytest.raises(UserError, match="taken over"):
+      measure.make_measure(collector, found, samples.shape, partial=path)
+    compared = measure.make_measure(collector, found, samples.shape)
+    with pytest.raises(UserError, match="taken over"):
+      job.evaluate_to_file(compared, samples, path, num=40, repeats=1)
+    assert not list(tmp_path.iterdir())
+
 
 class TestCards:
   def test_fid_50k_is_the_name_of_50_000_samples_only(self):

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from configs import digits
-from diffit_jax import models
+from diffit_jax import claim, models
 from diffit_jax.errors import UserError
 from diffit_jax.generation import generator, job, output, weights
 from diffit_jax.interop import files, native
@@ -232,6 +232,29 @@ class TestJob:
       assert run_job(loaded, tmp_path) is None
     assert len(list((tmp_path / "images").iterdir())) == 4
     assert run_job(loaded, tmp_path) is not None
+
+  def test_a_folder_in_use_is_refused_and_a_lost_one_left(
+    self, loaded, tmp_path, monkeypatch
+  ):
+    out = tmp_path / "out"
+    place = out / ".sampling.claim"
+    with (
+      claim.exclusive(place, "--out", out),
+      pytest.raises(UserError, match=f"--out=.* in use by .* {os.getpid()} on"),
+    ):
+      run_job(loaded, out)
+    assert not list(out.iterdir())
+    real = job._write_batch
+
+    def write_batch(*args):
+      place.write_text("another's")
+      return real(*args)
+
+    monkeypatch.setattr(job, "_write_batch", write_batch)
+    with pytest.raises(UserError, match="was taken over by another process"):
+      run_job(loaded, out)
+    assert len(list((out / "images").iterdir())) == 4
+    assert place.read_text() == "another's"
 
   @pytest.mark.parametrize(
     "change", [dict(seed=1), dict(labels="3"), dict(params=None)], ids=str

@@ -1,6 +1,7 @@
 """Training on the digits: resume to the bit, devices, stops, bad numbers."""
 
 import json
+import os
 import pathlib
 import shutil
 
@@ -11,12 +12,15 @@ import pytest
 
 from comparison import assert_same_network
 from configs import digits
+from diffit_jax import claim
 from diffit_jax.data import pipeline
 from diffit_jax.errors import UserError
 from diffit_jax.generation.generator import make_grid_sampler
 from diffit_jax.parallel import mesh as mesh_lib
 from diffit_jax.training import checkpoint, loop, state
 from diffit_jax.training import program as program_lib
+
+PID = os.getpid()
 
 
 def small(**fields):
@@ -173,6 +177,36 @@ def test_a_pattern_in_the_path_is_refused_before_anything_is_made(
   with pytest.raises(UserError, match=rf"^cannot train in /.*: {found} is"):
     loop.train(small(), workdir, data_dir, devices=one_device())
   assert [*tmp_path.rglob("*")] == [tmp_path / here]
+
+
+def test_a_workdir_in_use_is_refused(data_dir, tmp_path):
+  """Whatever the other run's config; the file's owner is this process."""
+  place = tmp_path / ".training.claim"
+  with (
+    claim.exclusive(place, "--workdir", tmp_path),
+    pytest.raises(UserError, match=f"--workdir=.* is in use by process {PID}"),
+  ):
+    loop.train(small(seed=3), tmp_path, data_dir, devices=one_device())
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_lost_its_workdir_stops_before_it_writes(data_dir, tmp_path):
+  place = tmp_path / ".training.claim"
+
+  def take_over(averages):
+    place.write_text(place.read_text().replace('"pid"', '"former"'))
+    return np.zeros((1, 8, 8, 1), np.uint8)
+
+  with pytest.raises(UserError, match="was taken over by another process"):
+    loop.train(
+      small(total_steps=6, sample_every_steps=3),
+      tmp_path,
+      data_dir,
+      make_sampler=lambda *_: take_over,
+      devices=one_device(),
+    )
+  assert checkpoint.list_steps(tmp_path) == [2]
+  assert place.exists()
 
 
 def test_other_data_of_the_same_name_are_refused(copy, data_dir, tmp_path):
