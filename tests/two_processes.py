@@ -66,7 +66,7 @@ def run_all(commands, timeout=300, **env) -> list[tuple[int, str, str]]:
 
 
 class Notes:
-  """Stands for metrics.Writer, whose TensorFlow takes seconds to import."""
+  """Stands for metrics.Writer: one file of notes per process."""
 
   def __init__(self, directory):
     path = pathlib.Path(directory) / f"process_{jax.process_index()}.jsonl"
@@ -79,6 +79,9 @@ class Notes:
     self.note(step=step, loss=values["loss"])
 
   def text(self, name, content) -> None:
+    pass
+
+  def flush(self) -> None:
     pass
 
   def close(self) -> None:
