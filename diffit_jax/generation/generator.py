@@ -8,6 +8,7 @@ size, device count and order change rounding at most.
 import ast
 from collections.abc import Callable, Mapping
 import dataclasses
+import inspect
 
 from flax import linen as nn
 import jax
@@ -21,6 +22,10 @@ from diffit_jax.environment import PRNG
 from diffit_jax.errors import UserError
 from diffit_jax.parallel.mesh import batch_sharding, place, replicated
 from diffit_jax.sampling.images import to_uint8
+
+
+def _is_edm(config: Mapping) -> bool:
+  return config["diffusion"]["kind"] == "edm"
 
 
 def make_network(
@@ -75,7 +80,7 @@ def make_generator(
   """
   options = SamplerOptions.from_config(config)
   model = model.clone(attention="xla")  # cuDNN's is probed for training only
-  is_edm = config["diffusion"]["kind"] == "edm"
+  is_edm = _is_edm(config)
   side, channels = config["data"]["resolution"], model.channels
 
   def generate(params, seed, index, labels):
@@ -204,13 +209,22 @@ class SamplerOptions:
         f"guidance_scale={cfg['scale']} and guidance_tolerance={tolerance} must"
         " be finite"
       )
+    known = inspect.signature(guidance.apply_cfg).parameters
+    for name in cfg:
+      if name not in known:
+        raise UserError(f"there is no sampler field guidance_{name}")
+    if cfg.get("schedule") == "power_cosine" and _is_edm(config):
+      raise UserError(
+        "guidance_schedule='power_cosine' goes by the timesteps of"
+        " diffusion.kind='adm', and this model has noise levels: use constant"
+      )
     if "interval" in cfg:
       cfg["interval"] = tuple(cfg["interval"]) or None
     solver = fields.pop("solver")
     fields |= _parse_options(fields.pop("solver_options", ""))
     check_guidance(config, cfg["scale"])
     sampling.num_evaluations(solver, **fields)  # refuses unknown options now
-    if (solver == "edm_heun") != (config["diffusion"]["kind"] == "edm"):
+    if (solver == "edm_heun") != _is_edm(config):
       raise UserError(
         f"solver {solver!r} is not for a model of"
         f" diffusion.kind={config['diffusion']['kind']!r}: use edm_heun for"

@@ -7,6 +7,7 @@ from flax import linen as nn
 import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
+from diffit_jax.models.attention import ATTENTIONS
 from diffit_jax.models.baselines.dit import DiT
 from diffit_jax.models.baselines.ladder import LadderRung
 from diffit_jax.models.baselines.song_unet import SongUNet
@@ -43,13 +44,33 @@ def make_model(config: Mapping) -> nn.Module:
   if name not in _MODELS:
     raise UserError(f"model.name={name!r}: use one of {sorted(_MODELS)}")
   model = _MODELS[name]
-  known = [p for p in inspect.signature(model).parameters if p != "parent"]
-  unknown = sorted(set(fields) - set(known))
-  if unknown:
-    raise UserError(f"{name} has no field model.{unknown[0]}: it has {known}")
+  known = _fields(model)
+  for field in fields:
+    if field not in known:
+      having = [n for n, other in _MODELS.items() if field in _fields(other)]
+      which = f"only {_listed(having)}" if having else f"it has {known}"
+      raise UserError(f"{name} has no field model.{field}: {which}")
+  way = fields.get("attention", "xla")
+  if way in ATTENTIONS and way not in model.attentions:
+    having = [n for n, other in _MODELS.items() if way in other.attentions]
+    raise UserError(
+      f"{name} has no model.attention={way!r}: only {_listed(having)}; use"
+      " model.attention=xla"
+    )
   dtype = fields.get("dtype", "float32")
   if dtype not in _DTYPES:
     raise UserError(f"model.dtype={dtype!r}: use one of {_DTYPES}")
   fields["dtype"] = jnp.dtype(dtype)
   as_tuple = lambda v: tuple(v) if isinstance(v, (list, tuple)) else v
   return model(**{field: as_tuple(value) for field, value in fields.items()})
+
+
+def _fields(model: type[nn.Module]) -> list[str]:
+  return [p for p in inspect.signature(model).parameters if p != "parent"]
+
+
+def _listed(names: list[str]) -> str:
+  """ "a has it", "a and b have it"."""
+  *most, last = names
+  verb = "have it" if most else "has it"
+  return f"{', '.join(most)}{' and ' if most else ''}{last} {verb}"

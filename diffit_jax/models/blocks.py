@@ -14,7 +14,7 @@ GroupNorm with min(32, c/4) groups and eps 1e-6 (EDM); the paper gives
 none of these.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import math
 from typing import Any
 
@@ -24,7 +24,6 @@ import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
 from diffit_jax.models.attention import (
-  ATTENTIONS,
   TMSA,
   XAVIER,
   Constrain,
@@ -49,11 +48,19 @@ REMAT_POLICIES = {
 }
 
 
-def check_options(remat: str, attention: str) -> None:
-  """Refuses names of ways to compute that are not known."""
+def check_options(
+  remat: str, attention: str, attentions: Sequence[str]
+) -> None:
+  """Refuses names of ways to compute that are not known.
+
+  Args:
+    remat: a key of REMAT_POLICIES.
+    attention: one of `attentions`.
+    attentions: those that the model can compute.
+  """
   for field, value, allowed in (
     ("remat", remat, tuple(REMAT_POLICIES)),
-    ("attention", attention, ATTENTIONS),
+    ("attention", attention, tuple(attentions)),
   ):
     if value not in allowed:
       raise UserError(f"model.{field}={value!r}: use one of {allowed}")

@@ -15,13 +15,14 @@ decoder's start.
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.attention import Constrain, unconstrained
+from diffit_jax.models.attention import ATTENTIONS, Constrain, unconstrained
 from diffit_jax.models.blocks import (
   NEAR_ZERO,
   MapParams,
@@ -102,6 +103,23 @@ class ImageDiffiT(nn.Module):
   embedding: str = "positional"
   constrain: Constrain = unconstrained
   map_params: MapParams | None = None
+  attentions: ClassVar[tuple[str, ...]] = ATTENTIONS
+
+  def attention_sizes(self, side: int) -> list[tuple[int, int, int]]:
+    """(heads, width of a head, side of a window) of each level's attention.
+
+    Args:
+      side: of the images.
+    """
+    sides = [side // 2**level for level in range(len(self.channel_mult))]
+    return [
+      (
+        self.base_channels * factor // self.head_dim,
+        self.head_dim,
+        min(self.window_size or side, side),
+      )
+      for factor, side in zip(self.channel_mult, sides)
+    ]
 
   @nn.compact
   def __call__(
@@ -202,7 +220,7 @@ class ImageDiffiT(nn.Module):
         raise UserError(
           f"model.{field}={getattr(self, field)!r}: use one of {allowed}"
         )
-    check_options(self.remat, self.attention)
+    check_options(self.remat, self.attention, self.attentions)
     check_time_in(self.time_in, self.attention)
     levels = len(self.channel_mult)
     widths = [self.base_channels * m for m in self.channel_mult]

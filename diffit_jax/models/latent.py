@@ -30,6 +30,7 @@ import numpy as np
 
 from diffit_jax.errors import UserError
 from diffit_jax.models.attention import (
+  ATTENTIONS,
   XAVIER,
   Constrain,
   unconstrained,
@@ -97,6 +98,7 @@ class LatentDiffiT(nn.Module):
   constrain: Constrain = unconstrained
   map_params: MapParams | None = None
   block_type: ClassVar[type[nn.Module]] = DiffiTBlock
+  attentions: ClassVar[tuple[str, ...]] = ATTENTIONS
 
   @property
   def grid(self) -> int:
@@ -106,6 +108,15 @@ class LatentDiffiT(nn.Module):
   @property
   def out_channels(self) -> int:
     return self.channels * (2 if self.learn_sigma else 1)
+
+  def attention_sizes(self, side: int) -> list[tuple[int, int, int]]:
+    """(heads, width of a head, side of the tokens) of each kind of attention.
+
+    Args:
+      side: of the latents.
+    """
+    width = self.hidden_dim // self.num_heads
+    return [(self.num_heads, width, side // self.patch_size)]
 
   @nn.compact
   def __call__(
@@ -199,7 +210,7 @@ class LatentDiffiT(nn.Module):
     return scan(block(**fields, name=STACKED), h, time)[0]
 
   def _check(self, x: jax.Array, labels: jax.Array | None) -> None:
-    check_options(self.remat, self.attention)
+    check_options(self.remat, self.attention, self.attentions)
     if self.hidden_dim % 4 or self.hidden_dim % self.num_heads:
       raise UserError(
         f"model.hidden_dim={self.hidden_dim} must be a multiple of 4 and of"

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ml_collections import config_dict
 import numpy as np
 
+from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.models import attention
 
@@ -26,6 +27,7 @@ def check_config(config: config_dict.ConfigDict, platform: str) -> None:
   """Refuses cuDNN attention where it cannot run at all."""
   if config.model.get("attention", "xla") != "cudnn":
     return
+  models.make_model(config.model)  # refuses a model that has none
   if platform != "gpu":
     raise UserError(
       f"model.attention={config.model.attention!r} needs an NVIDIA GPU, not a"
@@ -40,18 +42,11 @@ def check_config(config: config_dict.ConfigDict, platform: str) -> None:
 
 def probe_config(config: config_dict.ConfigDict) -> None:
   """Runs the probe with the config's head and window sizes, where it asks."""
-  model = config.model
-  if model.get("attention", "xla") != "cudnn":
+  if config.model.get("attention", "xla") != "cudnn":
     return
-  if model.name == "latent_diffit":
-    side = model.input_size // model.patch_size
-    probe(model.num_heads, model.hidden_dim // model.num_heads, side)
-    return
-  side = config.data.resolution
-  for factor in model.channel_mult:
-    heads = model.base_channels * factor // model.head_dim
-    probe(heads, model.head_dim, min(model.window_size or side, side))
-    side //= 2
+  model = models.make_model(config.model)
+  for sizes in model.attention_sizes(config.data.resolution):
+    probe(*sizes)
 
 
 def probe(

@@ -44,7 +44,11 @@ import numpy as np
 
 from diffit_jax.errors import UserError
 
-KINDS = ("halflife", "constant", "power")
+KINDS = {  # with the fields of each
+  "halflife": ("halflife_images", "rampup_ratio"),
+  "constant": ("decay",),
+  "power": ("sigma_rel",),
+}
 MAX_SIGMA_REL = 12**-0.5  # gamma = 0: the plain mean of all steps
 
 
@@ -83,7 +87,7 @@ def gain(config: Mapping, step: jax.Array, batch_size: int) -> jax.Array:
     exponent = np.float32(gamma_of(config["sigma_rel"]) + 1)
     return -jnp.expm1(exponent * jnp.log1p(-1 / (step + 1)))
   if config["kind"] != "halflife":
-    raise UserError(f"ema kind {config['kind']!r}: use one of {KINDS}")
+    raise UserError(f"ema kind {config['kind']!r}: use one of {tuple(KINDS)}")
   halflife = jnp.minimum(
     config["halflife_images"], config["rampup_ratio"] * step * batch_size
   )

@@ -26,7 +26,11 @@ from diffit_jax.training.state import (
   make_init,
 )
 
-DIFFUSIONS = ("edm", "adm")
+# Fields of config.diffusion that only one kind reads.
+DIFFUSIONS = {
+  "edm": ("precond", "sigma_data", "P_mean", "P_std", "augment_prob"),
+  "adm": ("num_steps",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +125,16 @@ def check_consistent(config: config_dict.ConfigDict) -> None:
   model, diffusion = config.model, config.diffusion
   if diffusion.kind not in DIFFUSIONS:
     raise UserError(
-      f"diffusion.kind={diffusion.kind!r}: use one of {DIFFUSIONS}"
+      f"diffusion.kind={diffusion.kind!r}: use one of {tuple(DIFFUSIONS)}"
     )
+  for kind, fields in DIFFUSIONS.items():
+    found = [f for f in fields if kind != diffusion.kind and diffusion.get(f)]
+    if found:
+      raise UserError(
+        f"diffusion.{found[0]}={diffusion[found[0]]!r} is for"
+        f" diffusion.kind={kind!r}, and this is {diffusion.kind!r}: leave it"
+        " out"
+      )
   if diffusion.kind == "edm":
     precond.make(diffusion)  # refuses what it does not know
   names = tuple(models.NETWORKS[diffusion.kind])
@@ -131,21 +143,29 @@ def check_consistent(config: config_dict.ConfigDict) -> None:
       f"model.name={model.name!r}: use one of {names} with"
       f" diffusion.kind={diffusion.kind!r}"
     )
-  if model.num_classes not in (0, config.data.num_classes):
+  network = models.make_model(model)  # refuses fields that it does not have
+  if diffusion.label_drop_prob and not getattr(network, "null_label", True):
     raise UserError(
-      f"model.num_classes={model.num_classes} must be 0 or"
+      f"diffusion.label_drop_prob={diffusion.label_drop_prob} needs a label for"
+      " none, which model.null_label=False leaves out: set one of the two"
+    )
+  if network.num_classes not in (0, config.data.num_classes):
+    raise UserError(
+      f"model.num_classes={network.num_classes} must be 0 or"
       f" data.num_classes={config.data.num_classes}"
     )
-  if diffusion.kind == "adm" and model.input_size != config.data.resolution:
+  side = getattr(network, "input_size", config.data.resolution)
+  if side != config.data.resolution:
     raise UserError(
-      f"model.input_size={model.input_size} must be the side of the latents,"
+      f"model.input_size={side} must be the side of the latents,"
       f" data.resolution={config.data.resolution}"
     )
   wanted = 9 if diffusion.get("augment_prob") else 0
-  if model.get("augment_dim", 0) != wanted:
+  found = model.get("augment_dim", 0)
+  if found != wanted:
     raise UserError(
-      f"model.augment_dim={model.augment_dim} must be {wanted} with"
-      f" diffusion.augment_prob={diffusion.augment_prob}"
+      f"model.augment_dim={found} must be {wanted} with"
+      f" diffusion.augment_prob={diffusion.get('augment_prob', 0)}"
     )
   _check_ranges(config)
 
@@ -192,7 +212,15 @@ def _check_ranges(config: config_dict.ConfigDict) -> None:
     )
   for name, rule in config.ema.items():
     if rule.kind not in ema.KINDS:
-      raise UserError(f"ema.{name}.kind={rule.kind!r}: use one of {ema.KINDS}")
+      raise UserError(
+        f"ema.{name}.kind={rule.kind!r}: use one of {tuple(ema.KINDS)}"
+      )
+    for field in ema.KINDS[rule.kind]:
+      if field not in rule:
+        raise UserError(
+          f"ema.{name}.kind={rule.kind!r} needs a field ema.{name}.{field},"
+          f" and there is only {sorted(rule)}"
+        )
   widths = ema.power_averages(config.ema)
   for width in widths.values():
     ema.gamma_of(width)

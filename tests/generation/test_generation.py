@@ -134,6 +134,8 @@ class TestGenerator:
         dict(guidance_channels=2),
         "guidance_channels=2 must be from 1 to the 1",
       ),
+      (dict(guidance_schedule="power_cosine"), "has noise levels: use const"),
+      (dict(guidance_rate=2), "there is no sampler field guidance_rate"),
       (dict(solver_options="S_churn"), "write name=value"),
       (dict(solver_options="eta=1"), "no option 'eta'"),
       (dict(solver="ddim"), "not for a model of diffusion.kind='edm'"),

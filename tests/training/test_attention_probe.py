@@ -4,7 +4,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import digits, ffhq64, imagenet512
+from configs import (
+  cifar10,
+  cifar10_song,
+  digits,
+  ffhq64,
+  imagenet256,
+  imagenet512,
+)
+from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.models.attention import attend
 from diffit_jax.training import attention_probe
@@ -115,6 +123,31 @@ def test_cudnn_is_refused_where_it_cannot_run():
   config.model.dtype = "float32"
   with pytest.raises(UserError, match="model.dtype=bfloat16"):
     attention_probe.check_config(config, "gpu")
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    imagenet256.get_config("debug,modulation=dit"),
+    cifar10.get_config("debug,rung=C"),
+    cifar10_song.get_config("debug,tmsa"),
+  ],
+  ids=["dit", "ladder", "song_unet"],
+)
+def test_cudnn_is_refused_where_a_model_does_not_have_it(config):
+  with config.unlocked():
+    config.model.update(attention="cudnn", dtype="bfloat16")
+  message = (
+    f"^{config.model.name} has no model.attention='cudnn': only image_diffit"
+    " and latent_diffit have it; use model.attention=xla$"
+  )
+  for refuse in (
+    lambda: attention_probe.check_config(config, "gpu"),
+    lambda: program_lib.check_consistent(config),
+    lambda: models.make_model(config.model),
+  ):
+    with pytest.raises(UserError, match=message):
+      refuse()
 
 
 def test_unknown_ways_to_compute_are_refused():

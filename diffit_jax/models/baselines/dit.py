@@ -77,6 +77,7 @@ class DiT(LatentDiffiT):
   """The raw network; attributes and call as of LatentDiffiT."""
 
   block_type: ClassVar[type[nn.Module]] = DiTBlock
+  attentions: ClassVar[tuple[str, ...]] = ("xla",)  # it has no bias
 
   def _normalise(self, h: jax.Array, time: jax.Array) -> jax.Array:
     shift, scale = modulation(

@@ -22,7 +22,7 @@ where the width changes; SETR-MLA's widths are 256 and 128, and its last
 convolution is the head that all rungs share.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import einops
 from flax import linen as nn
@@ -41,17 +41,24 @@ from diffit_jax.models.image import ImageDiffiT
 
 
 class Rung(NamedTuple):
-  """What each path of the network is made of."""
+  """What each path of the network is made of.
 
-  encoder: str  # vit, plain or diffit
-  decoder: str  # mla or plain
+  Attributes:
+    encoder: "vit", "plain" or "diffit".
+    decoder: "mla" or "plain".
+    lacks: options of ImageDiffiT that change nothing in it.
+  """
+
+  encoder: str
+  decoder: str
+  lacks: tuple[str, ...]
 
 
 RUNGS = {
-  "A": Rung("vit", "mla"),
-  "B": Rung("plain", "mla"),
-  "C": Rung("plain", "plain"),
-  "D": Rung("diffit", "plain"),
+  "A": Rung("vit", "mla", ("time_in", "skip", "decoder_in_conv", "resize")),
+  "B": Rung("plain", "mla", ("time_in", "skip", "decoder_in_conv")),
+  "C": Rung("plain", "plain", ("time_in",)),
+  "D": Rung("diffit", "plain", ()),
 }
 _MLA_WIDTHS = (256, 128)
 
@@ -115,6 +122,7 @@ class LadderRung(ImageDiffiT):
   vit_depth: int = 12
   vit_heads: int = 12
   patch_size: int = 4
+  attentions: ClassVar[tuple[str, ...]] = ("xla",)  # plain blocks have no bias
 
   def _block(self, width: int, name: str) -> nn.Module:
     path = name.partition("_")[0]
@@ -186,6 +194,15 @@ class LadderRung(ImageDiffiT):
   def _check_rung(self, h) -> None:
     if self.rung not in RUNGS:
       raise UserError(f"model.rung={self.rung!r}: use one of {tuple(RUNGS)}")
+    for field in RUNGS[self.rung].lacks:
+      value, default = getattr(self, field), getattr(LadderRung, field)
+      if value != default:
+        having = [name for name, r in RUNGS.items() if field not in r.lacks]
+        raise UserError(
+          f"model.{field}={value!r} changes nothing in model.rung"
+          f"={self.rung!r}: only image_diffit and the rungs {having} have it;"
+          f" leave it at {default!r}"
+        )
     if self.rung != "A":
       return
     if h.shape[1] % self.patch_size:

@@ -22,6 +22,7 @@ says no more than that.
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from flax import linen as nn
 import jax
@@ -172,6 +173,8 @@ class SongUNet(nn.Module):
   attention: str = "xla"
   constrain: Constrain = unconstrained
   map_params: MapParams | None = None
+  # One head as wide as the map is more than fused kernels take.
+  attentions: ClassVar[tuple[str, ...]] = ("xla",)
 
   @property
   def taps(self) -> tuple[int, ...]:
@@ -270,7 +273,7 @@ class SongUNet(nn.Module):
     return h
 
   def _check(self, x) -> None:
-    check_options(self.remat, self.attention)
+    check_options(self.remat, self.attention, self.attentions)
     factor = 2 ** (len(self.channel_mult) - 1)
     if x.shape[1] % factor or x.shape[2] % factor:
       raise UserError(
