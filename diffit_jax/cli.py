@@ -14,7 +14,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_dict
 
-from diffit_jax import config_files, environment, interrupt, paths
+from diffit_jax import config_files, environment, interrupt, paths, ranges
 from diffit_jax.errors import UserError
 
 REQUEUE = 75
@@ -308,6 +308,7 @@ class SamplingFlags:
           continue
         if name == "guidance_interval":
           value = _interval(value)
+        ranges.check({name: value}, "sampler", "--")
         sampler[name] = value
 
 
@@ -378,7 +379,7 @@ def define_sampling_flags(
       " number of classes stands for no class.",
     ),
     seed=flags.DEFINE_integer("seed", 0, "Of all random draws.", 0, 2**32 - 1),
-    num=flags.DEFINE_integer("num", num, num_help, 1),
+    num=flags.DEFINE_integer("num", num, num_help, 1, 10**9),
     ema=flags.DEFINE_string(
       "ema",
       None,

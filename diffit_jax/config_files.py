@@ -24,7 +24,7 @@ import types
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from diffit_jax import paths
+from diffit_jax import paths, ranges
 from diffit_jax.errors import UserError
 
 OURS = pathlib.Path(__file__).parent.parent / "configs"
@@ -47,7 +47,7 @@ def required(holder: flags.FlagHolder) -> config_dict.ConfigDict:
   """The config of the flag, its paths expanded.
 
   Raises:
-    UserError: the flag was not given.
+    UserError: the flag was not given, or a number is out of range.
   """
   if holder.value is None:
     raise UserError("--config is missing: give --config=configs/digits.py")
@@ -56,6 +56,7 @@ def required(holder: flags.FlagHolder) -> config_dict.ConfigDict:
     config.init_from = paths.expand(config.init_from)
   if config.get("evaluation", {}).get("reference"):
     config.evaluation.reference = paths.expand(config.evaluation.reference)
+  ranges.check(config)
   return config
 
 

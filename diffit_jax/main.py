@@ -59,13 +59,15 @@ def main() -> int:
     print(listing.table(experiments.EXPERIMENTS, experiments.SWEEPS))
     return 0
   config = config_files.required(_CONFIG)
+  from diffit_jax.generation.generator import SamplerOptions, make_grid_sampler
+
+  SamplerOptions.from_config(config)  # a mistake in it would show late
   if _DRY_RUN.value:
     from diffit_jax.training import report
 
     print(report.dry_run(config))
     return 0
   workdir = _WORKDIR.value or f"runs/{config.name}"
-  from diffit_jax.generation.generator import SamplerOptions, make_grid_sampler
   from diffit_jax.parallel import runtime
   from diffit_jax.training import timing
   from diffit_jax.training.loop import train
@@ -82,7 +84,6 @@ def main() -> int:
       inception=_INCEPTION.value,
       data_dir=_DATA_DIR.value,
     )
-  SamplerOptions.from_config(config)  # a mistake in it would show late
   profile_steps = timing.parse_steps(_PROFILE_STEPS.value)
   with _RUNTIME.joined():
     runtime.use_compilation_cache(f"{path_of(workdir)}/compilation_cache")

@@ -26,7 +26,7 @@ _CONFIG = config_files.define_flag(
 )
 _OUT = cli.define_path("out", "Folder for the images.")
 _BATCH_SIZE = flags.DEFINE_integer(
-  "batch_size", 64, "Images per call of the network, over all devices."
+  "batch_size", 64, "Images per call of the network, over all devices.", 1
 )
 _SAMPLING = cli.define_sampling_flags()
 

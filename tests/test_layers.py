@@ -14,7 +14,7 @@ PACKAGE = ROOT / "diffit_jax"
 # Anyone may use these.
 LEAVES = {
   *("__version__", "claim", "config_files", "environment", "errors"),
-  *("interrupt", "npz", "paths", "progress", "stop"),
+  *("interrupt", "npz", "paths", "progress", "ranges", "stop"),
 }
 # What each part may import of the others; entry points may import all.
 MAY_IMPORT = {

@@ -5,6 +5,7 @@ import os
 import pathlib
 from typing import Any
 
+from diffit_jax import ranges
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import card as card_lib
 from diffit_jax.evaluation import compare
@@ -38,6 +39,8 @@ def parse(text: str | None) -> tuple[str | None, list]:
     raise UserError(
       f"--sweep={text}: {values!r} are no numbers, separated by commas"
     ) from error
+  for number in numbers:
+    ranges.check({name: number}, "sampler", "--sweep: ")
   if len(set(numbers)) != len(numbers):
     raise UserError(f"--sweep={text}: a value stands there twice")
   return name, numbers

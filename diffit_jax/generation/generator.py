@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from diffit_jax import sampling
+from diffit_jax import ranges, sampling
 from diffit_jax.diffusion import guidance, precond
 from diffit_jax.environment import PRNG
 from diffit_jax.errors import UserError
@@ -188,6 +188,7 @@ class SamplerOptions:
   @classmethod
   def from_config(cls, config: Mapping) -> "SamplerOptions":
     """Sorts the fields, and refuses those that cannot work."""
+    ranges.check(config["sampler"], "sampler")
     fields = dict(config["sampler"])
     fields.pop("num_grid", None)
     cfg = {
@@ -204,11 +205,6 @@ class SamplerOptions:
         f" {config['model']['channels']} channels, or 0 for all of them"
       )
     cfg["channels"] = channels
-    if not (np.isfinite(cfg["scale"]) and np.isfinite(tolerance)):
-      raise UserError(
-        f"guidance_scale={cfg['scale']} and guidance_tolerance={tolerance} must"
-        " be finite"
-      )
     known = inspect.signature(guidance.apply_cfg).parameters
     for name in cfg:
       if name not in known:

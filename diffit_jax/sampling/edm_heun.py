@@ -70,10 +70,14 @@ def make_solver(
   One row per evaluation. Rows of (4) and (5) share the step's end and length;
   they differ in where they evaluate and in what they make of the slope.
   """
-  if not 0 < sigma_min < sigma_max:
-    raise UserError(f"need 0 < {sigma_min=} < {sigma_max=}")
-  if rho <= 0 or S_churn < 0 or S_noise < 0:
-    raise UserError(f"need {rho=} > 0, {S_churn=} >= 0, {S_noise=} >= 0")
+  if not 0 < sigma_min < sigma_max < np.inf:
+    raise UserError(f"need 0 < {sigma_min=} < {sigma_max=}, finite")
+  if not (0 < rho < np.inf and S_churn >= 0 and 0 <= S_noise < np.inf):
+    raise UserError(
+      f"need {rho=} > 0, {S_churn=} >= 0, {S_noise=} >= 0, finite"
+    )
+  if np.isnan(S_min) or np.isnan(S_max):
+    raise UserError(f"need numbers for {S_min=} and {S_max=}")
   levels = noise_levels(
     steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho
   )

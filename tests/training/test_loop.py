@@ -409,7 +409,7 @@ def test_data_that_do_not_fit_the_config_are_refused(data_dir, tmp_path):
     (dict(batch_size=12), "batch_size=12 cannot be divided over 8 devices"),
     (dict(total_steps=0), "total_steps=0 must be at least 1"),
     (dict(keep_checkpoints=0), "keep_checkpoints=0 must be at least 1"),
-    (dict(seed=-1), "seed=-1 must be from 0"),
+    (dict(seed=-1), "seed=-1 must be at least 0"),
     (dict(matmul_precision="foo"), "matmul_precision='foo': use one of"),
     ({"model.dropout": 1.5}, "model.dropout=1.5 must be at least 0"),
     ({"model.dtype": "foo"}, "model.dtype='foo': use one of"),

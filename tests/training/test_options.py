@@ -38,7 +38,7 @@ def test_every_field_is_the_models_or_is_refused_by_name(name):
       continue
     having = [n for n in NETWORKS if field in fields_of(n)]
     changed = config.copy_and_resolve_references().unlock()
-    changed.model[field] = 1
+    changed.model[field] = getattr(NETWORKS[having[0]], field)
     message = f"^{name} has no field model.{field}: only .*{having[-1]} ha"
     with pytest.raises(UserError, match=message):
       program.check_consistent(changed)
