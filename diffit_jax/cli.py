@@ -37,6 +37,7 @@ def run(
   logging.set_verbosity(logging.INFO)
   logging.set_stderrthreshold("info")
   logging.get_absl_handler().addFilter(_is_ours_or_a_warning)
+  logging.get_absl_handler().setFormatter(_Formatter())
   sys.stdout.reconfigure(errors="backslashreplace")  # it may be ASCII only
   interrupt.handle()
   try:
@@ -49,6 +50,16 @@ def run(
     sys.exit(0 if asked_for_help else stop.code)  # absl's help exits with 1
   except KeyboardInterrupt:  # while the flags were read
     _end_with(interrupt.MESSAGE, interrupt.CODE)
+
+
+class _Formatter(stdlib_logging.Formatter):
+  """The time, and how bad it is if it is: a line has room for what it says."""
+
+  def format(self, record: stdlib_logging.LogRecord) -> str:
+    time = self.formatTime(record, "%H:%M:%S")
+    is_bad = record.levelno >= stdlib_logging.WARNING
+    level = f"{record.levelname.lower()}: " if is_bad else ""
+    return f"{time} {level}{super().format(record)}"
 
 
 def _is_ours_or_a_warning(record) -> bool:

@@ -7,6 +7,14 @@ from absl import logging
 import tqdm
 
 
+def duration(seconds: float) -> str:
+  """A length of time in a unit that fits: 40 s, 3.3 min, 5.1 h, 12.0 d."""
+  for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+    if seconds >= size:
+      return f"{seconds / size:.1f} {unit}"
+  return f"{seconds:.0f} s"
+
+
 class Progress:
   """Counts `update`s towards `total` and shows rate and time left.
 
@@ -64,7 +72,7 @@ class Progress:
       text += f"/{self._total}"
     text += f" {self._unit}, {rate:.3g}/s"
     if self._total and rate > 0:
-      text += f", {(self._total - self._done) / rate:.0f} s left"
+      text += f", {duration((self._total - self._done) / rate)} left"
     return f"{text}, {note}" if note else text
 
   def __enter__(self) -> "Progress":

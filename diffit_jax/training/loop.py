@@ -327,6 +327,9 @@ class _Run:
       scalars[f"ema_decay/{name}"] = ema.decay(rule, last, config.batch_size)
     self.metrics = {name: float(value) for name, value in scalars.items()}
     self.writer.scalars(step, self.metrics)
+    if runtime.is_first():
+      total = config.total_steps
+      logging.info("%s", metrics.console_line(step, total, self.metrics))
     self.monitor = state.new_monitor(self.program.mesh)
     self.clock.restart(step)
 
@@ -345,6 +348,9 @@ class _Run:
       self.checkpoints.note(self.step, found)
       scalars = {f"evaluation/{name}": value for name, value in found.items()}
       self.writer.scalars(self.step, scalars)
+      if runtime.is_first():
+        scores = ", ".join(f"{name} {x:.6g}" for name, x in found.items())
+        logging.info("step %d scored: %s", self.step, scores)
     self.clock.restart(self.step)
 
   def _check_params(self) -> None:

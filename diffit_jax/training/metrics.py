@@ -1,4 +1,4 @@
-"""Metrics to TensorBoard and the log, sample grids as PNG too."""
+"""Metrics to TensorBoard, a line of them to read, sample grids as PNG too."""
 
 import io
 import os
@@ -7,8 +7,12 @@ from absl import logging
 import jax
 import numpy as np
 
+from diffit_jax import progress
 from diffit_jax.sampling.images import page
 from diffit_jax.training import events, workdir
+
+# What the console calls the parts of `timing`.
+_WAITS = {"data_wait": "data", "checkpoint": "saves"}
 
 
 class Writer:
@@ -27,8 +31,6 @@ class Writer:
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """Writes scalars of one step."""
     if self._events is not None:
-      texts = [f"{name}={x:.6g}" for name, x in sorted(values.items())]
-      logging.info("[%d] %s", step, ", ".join(texts))
       with workdir.writing(self._directory):
         self._events.scalars(step, values)
 
@@ -49,7 +51,7 @@ class Writer:
       path.parent.mkdir(parents=True, exist_ok=True)
       workdir.write_whole(path, png)
       self._events.image(step, name, png, (width, height))
-    logging.info("[%d] wrote %s", step, path)
+    logging.info("wrote %s", path)
 
   def flush(self) -> None:
     """Writes what is held back; a checkpoint must wait for it."""
@@ -60,6 +62,29 @@ class Writer:
   def close(self) -> None:
     """Writes what is held back."""
     self.flush()
+
+
+def console_line(step: int, total: int, values: dict[str, float]) -> str:
+  """What a person reads of a logging point; the files have all of it.
+
+  Args:
+    step: steps done.
+    total: steps of the run.
+    values: scalars of the logging point; those of `timing.StepClock` are
+      missing before a step was timed.
+  """
+  parts = [f"step {step}/{total}", f"loss {values['loss']:.4g}"]
+  if "seconds_per_step" in values:
+    rate = values["images_per_second"]
+    digits = ".3g" if rate < 100 else ".0f"
+    parts.append(f"{rate:{digits}} images/s")
+    waits = {name: values[f"share_{part}"] for part, name in _WAITS.items()}
+    parts.append(
+      " ".join(["waits:", *(f"{name} {x:.0%}" for name, x in waits.items())])
+    )
+    left = (total - step) * values["seconds_per_step"]
+    parts.append(f"{progress.duration(left)} left")
+  return ", ".join(parts)
 
 
 def _png(image: np.ndarray) -> bytes:

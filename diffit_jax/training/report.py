@@ -1,6 +1,5 @@
 """What `--dry_run` prints: config, parameters, MACs, memory per device."""
 
-from clu import parameter_overview
 import jax
 from ml_collections import config_dict
 
@@ -51,6 +50,8 @@ def describe(
 
 def overview(params) -> str:
   """A table of all parameters with shape, size and sharding."""
+  from clu import parameter_overview  # half a second to import
+
   return parameter_overview.get_parameter_overview(
     params, include_stats="sharding"
   )

@@ -169,7 +169,7 @@ def test_the_command_on_two_processes(data_dir, tmp_path):
   assert "which a kill had cut short" in again[0][2]
   assert entry.stat().st_size > size // 2
   assert "UserWarning" not in again[0][2]
-  assert "share_data_wait=" in again[0][2]
+  assert "waits: data " in again[0][2]
   assert sorted(p.name for p in (folder / "samples").iterdir()) == [
     "samples_edm_00000002.png",
     "samples_edm_00000004.png",
