@@ -60,7 +60,7 @@ def test_all_of_a_run_goes_through_the_one_file_system(
   """With TensorFlow installed too, whose file system epath prefers."""
   run = "gs://bucket/runs/one"
   config = digits.get_config("debug")
-  workdir.claim(run, config, {"name": "digits"})
+  workdir.enter(run, config, {"name": "digits"})
   assert weights.read_config(run).batch_size == config.batch_size
   writer = metrics.Writer(run)
   writer.text("parameters.txt", "many")
@@ -141,7 +141,7 @@ def test_what_a_bucket_refuses_is_one_sentence(store, monkeypatch):
   for write in (
     lambda: writer.text("parameters.txt", "many"),
     lambda: writer.scalars(1, {"loss": 1.0}) or writer.flush(),
-    lambda: workdir.claim("gs://bucket/run", digits.get_config(), {}),
+    lambda: workdir.enter("gs://bucket/run", digits.get_config(), {}),
   ):
     with pytest.raises(UserError) as caught:
       write()
