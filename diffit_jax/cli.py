@@ -39,6 +39,7 @@ def run(
   logging.get_absl_handler().addFilter(_is_ours_or_a_warning)
   logging.get_absl_handler().setFormatter(_Formatter())
   sys.stdout.reconfigure(errors="backslashreplace")  # it may be ASCII only
+  sys.unraisablehook = _report_unraisable
   interrupt.handle()
   try:
     app.run(
@@ -50,6 +51,16 @@ def run(
     sys.exit(0 if asked_for_help else stop.code)  # absl's help exits with 1
   except KeyboardInterrupt:  # while the flags were read
     _end_with(interrupt.MESSAGE, interrupt.CODE)
+
+
+def _report_unraisable(found) -> None:
+  """Passes over the reads of a damaged checkpoint that end after the first.
+
+  Orbax closes their event loop at the first error, and each of the others then
+  complains of that; the error itself is told.
+  """
+  if f"{found.exc_value!r}" != "RuntimeError('Event loop is closed')":
+    sys.__unraisablehook__(found)
 
 
 class _Formatter(stdlib_logging.Formatter):

@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 
 from commands import ROOT
-from diffit_jax import interrupt
+from diffit_jax import cli, interrupt
 
 
 class Ended(BaseException):
@@ -51,3 +52,16 @@ def test_an_output_that_is_ascii_only_is_no_error():
     capture_output=True,
   )
   assert (done.returncode, done.stdout) == (0, b"Fr\\xe9chet\n")
+
+
+def test_reads_that_a_damaged_checkpoint_cut_off_say_nothing(monkeypatch):
+  """Orbax's closed event loop; anything else is still told."""
+  told = []
+  monkeypatch.setattr(sys, "__unraisablehook__", told.append)
+  late, other = (
+    types.SimpleNamespace(exc_value=RuntimeError(text))
+    for text in ("Event loop is closed", "another")
+  )
+  cli._report_unraisable(late)
+  cli._report_unraisable(other)
+  assert told == [other]
