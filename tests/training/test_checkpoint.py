@@ -219,6 +219,12 @@ def test_what_is_missing_falls_back(damage, copy):
   assert_is_state(restore(copy), 1)
 
 
+def test_a_step_under_another_steps_name_falls_back(copy, caplog):
+  (copy / "checkpoints" / "2").rename(copy / "checkpoints" / "7")
+  assert_is_state(restore(copy), 1)
+  assert "folder 7 holds step" in caplog.text
+
+
 def test_a_save_that_was_cut_off_is_no_checkpoint(copy):
   newest = copy / "checkpoints" / "2"
   newest.rename(newest.with_name("2.orbax-checkpoint-tmp-1"))
