@@ -76,9 +76,8 @@ class _Formatter(stdlib_logging.Formatter):
 def _is_ours_or_a_warning(record) -> bool:
   """Hides the progress notes of libraries (Orbax writes 40 lines a save)."""
   ours = os.path.dirname(__file__)
-  return (
-    record.levelno >= stdlib_logging.WARNING
-    or record.pathname.startswith(ours)
+  return record.levelno >= stdlib_logging.WARNING or record.pathname.startswith(
+    ours
   )
 
 
@@ -149,11 +148,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _reason(error: Exception) -> str:
-  """The last line of the traceback that ml_collections puts into its errors."""
-  text = str(error)
-  if "Traceback" in text:
-    return text.strip().splitlines()[-1].partition(": ")[2]
-  return f"{text} (--help lists the flags)"
+  return f"{error} (--help lists the flags)"
 
 
 def _unknown_field(argv: list[str]) -> str | None:

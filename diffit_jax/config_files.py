@@ -176,21 +176,21 @@ def _reason(
   own = str(path.resolve())
   lines = [f.lineno for f, file in zip(frames, files) if file == own]
   where = f"config {path}" + (f", line {lines[-1]}" if lines else "")
-  hidden = _hidden(folders)
-  if hidden:
+  if hiding := _hiding(folders):
     said += (
-      f" ({hidden[0]} hides the config of the same name that came with"
+      f" ({hiding} hides the config of the same name that came with"
       " diffit_jax: rename it)"
     )
   return f"{where}: {said}"
 
 
-def _hidden(folders: list[pathlib.Path]) -> list[pathlib.Path]:
-  """Files of a user's `configs` that stand before one of ours."""
-  return [
+def _hiding(folders: list[pathlib.Path]) -> pathlib.Path | None:
+  """A file of a user's `configs` that stands before one of ours."""
+  found = (
     folder / file.name
     for folder in folders
     if folder.resolve() != OURS.resolve()
     for file in sorted(OURS.glob("[a-z]*.py"))
     if (folder / file.name).exists()
-  ]
+  )
+  return next(found, None)
