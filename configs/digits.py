@@ -15,7 +15,7 @@ Variants, after a colon and separated by commas:
   embedding=positional|fourier  of the noise level
   precision=paper|bf16  float32, or bfloat16 matrix products
   ema=one|power    the average below, or two more for export --ema=WIDTH
-  debug            the same path with a small network and a few steps
+  debug            the same path with a network of one level and a few steps
 """
 
 from ml_collections import config_dict
@@ -80,6 +80,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   if variant.debug:
     config.batch_size = 16
     config.total_steps = 4
+    config.model.channel_mult = (1,)
     config.model.base_channels = 8
     config.model.head_dim = 8
     config.model.time_dim = 16

@@ -26,6 +26,21 @@ PRELOADED = (
   "tensorflow_datasets",
 )
 TIMEOUT = 300  # seconds, after which SIGALRM ends a program
+# Run where TensorFlow is installed and where it is not: no import is tried.
+WITHOUT_TENSORFLOW = [
+  f"diffit_jax.{name}"
+  for name in ("main", "sample", "evaluate", "export", "plan")
+]
+
+
+class NoTensorFlow:
+  """Ends a program that tries to import it, whatever catches errors there."""
+
+  @staticmethod
+  def find_spec(name, *_):
+    if name == "tensorflow":
+      print("error: it imports TensorFlow", file=sys.stderr, flush=True)
+      os._exit(99)
 
 
 def next_program() -> dict:
@@ -47,6 +62,8 @@ def run(first: str, *rest: str) -> None:
   """As `python -m MODULE ...`, `python -c CODE ...` or `python FILE ...`."""
   if first == "-m":
     sys.argv = list(rest)
+    if rest[0] in WITHOUT_TENSORFLOW:
+      sys.meta_path.insert(0, NoTensorFlow)
     runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
   elif first == "-c":
     sys.argv = ["-c", *rest[1:]]

@@ -18,10 +18,14 @@ import tempfile
 import jaxlib
 
 # Without its MLIR emitters, XLA for CPU compiles the same program in a sixth to
-# six tenths of the time. From jaxlib 0.11 on it knows no such flag, and an
-# unknown one ends the process.
+# six tenths of the time, and with narrow vectors and in one thread in four
+# fifths of that. From jaxlib 0.11 on it does not know the first flag, and an
+# unknown one ends the process; the others then save nothing.
 _HAS_EMITTERS = tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11)
-FEWER_EMITTERS = "--xla_cpu_use_fusion_emitters=false" * _HAS_EMITTERS
+FEWER_EMITTERS = (
+  "--xla_cpu_use_fusion_emitters=false --xla_cpu_prefer_vector_width=128"
+  " --xla_cpu_parallel_codegen_split_count=1"
+) * _HAS_EMITTERS
 # For jax.jit, where rounding is compared to the last bits.
 AS_USERS = {"xla_cpu_use_fusion_emitters": True} if _HAS_EMITTERS else {}
 # Tests compile much and compute little: do not optimise.

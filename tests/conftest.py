@@ -5,6 +5,7 @@ compiling one program again for each of the many runs that the tests start.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -25,6 +26,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # that tests start and then stop by it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
   signal.signal(signal.SIGINT, signal.default_int_handler)
+
+gc.set_threshold(100_000)  # as the commands do
 
 import pytest  # noqa: E402
 

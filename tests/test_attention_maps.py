@@ -92,7 +92,9 @@ def follow(config, **kwargs):
 
 
 def test_a_whole_model(tmp_path):
-  maps = follow(digits.get_config("debug"), columns=3)
+  config = digits.get_config("debug")
+  config.model.channel_mult = (1, 2)
+  maps = follow(config, columns=3)
   assert list(maps.weights) == [
     "encoder_0_block_0",
     "encoder_1_block_0",

@@ -132,17 +132,16 @@ def test_another_vae_is_warned_of_and_options_reach_the_solver(
 
 
 def test_guidance_options_and_the_skipped_half(workdir, tmp_path):
-  """Every solver, and the count of skipped evaluations."""
-  for solver in ("ddim", "dpmpp_2m", "unipc"):
-    done = commands.run(
-      f"sample --workdir={workdir} --out={tmp_path}/{solver} --num=2"
-      f" --solver={solver} --steps=6 --guidance_tolerance=1e-3"
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert re.search(
-      r"guidance: [1-5] of 6 unconditional .* within 0.001", done.stderr
-    ), done.stderr[-2000:]
-    assert re.search(r"largest change .* \d", done.stderr)
+  """The count of skipped evaluations; test_skip.py has every solver."""
+  done = commands.run(
+    f"sample --workdir={workdir} --out={tmp_path}/x --num=2 --solver=unipc"
+    " --steps=6 --guidance_tolerance=1e-3"
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert re.search(
+    r"guidance: [1-5] of 6 unconditional .* within 0.001", done.stderr
+  ), done.stderr[-2000:]
+  assert re.search(r"largest change .* \d", done.stderr)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,14 @@ def test_there_is_no_cycle():
     waiting = {part: waiting[part] for part in waiting if part not in free}
 
 
+def test_nothing_reaches_into_jax():
+  """Its private modules change from release to release."""
+  private = ".".join(("jax", "_src"))
+  for folder in ("diffit_jax", "configs", "tests", "benchmarks"):
+    for path in (ROOT / folder).rglob("*.py"):
+      assert private not in path.read_text(), path
+
+
 def test_configs_know_nothing_of_the_package():
   for path in (ROOT / "configs").glob("*.py"):
     assert not imports_of(path), path

@@ -18,8 +18,10 @@ from tiny_vae import write_vae
 # What the README says -> what fits the small data made here.
 DEBUG = {
   r"(configs/\w+\.py)": r"\1:debug",
+  r"(configs/ffhq64\S+)": r"\1 --config.model.channel_mult=(1,)",
   r"--num=\d+": "--num=2",
   r"(diffit_jax\.evaluate)": r"\1 --batch_size=4",
+  r"(--out=more)": r"\1 --num=2",
   r"--resolution=(256|512)": "--resolution=32",
   r"--topology=\S+": "--topology=cpu:4",
 }

@@ -6,12 +6,19 @@ slices are left to JAX, which asks the TPU's own surroundings.
 
 from collections.abc import Mapping
 import dataclasses
+import importlib.util
 import os
+import pathlib
 import re
+import urllib.request
 
 from absl import logging
 
 from diffit_jax.errors import UserError
+
+_DEVICES = pathlib.Path("/sys/bus/pci/devices")
+_GOOGLE = "0x1ae0"  # vendor ID
+_NO_CHIPS = ("0x01", "0x02")  # classes of storage and network devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,10 +149,57 @@ def _slurm_tasks_here(environ: Mapping[str, str]) -> int:
   return counts[min(int(environ.get("SLURM_NODEID", "0")), len(counts) - 1)]
 
 
-def has_tpu(environ: Mapping[str, str] = os.environ) -> bool:
-  """Whether JAX will find TPU chips here, without waking them."""
-  from jax._src import cloud_tpu_init  # what JAX's own detection goes by
+def has_tpu(
+  environ: Mapping[str, str] = os.environ, devices: pathlib.Path = _DEVICES
+) -> bool:
+  """Whether JAX will find TPU chips here, without waking them.
 
+  Args:
+    environ: the environment variables.
+    devices: a folder for each PCI device of this machine.
+  """
   platforms = environ.get("JAX_PLATFORMS", "")
   wanted = not platforms or "tpu" in platforms.split(",")
-  return wanted and getattr(cloud_tpu_init, "running_in_cloud_tpu_vm", False)
+  is_there = wanted and any(map(_is_chip, devices.glob("*")))
+  has_library = "TPU_LIBRARY_PATH" in environ or bool(
+    importlib.util.find_spec("libtpu")
+  )
+  return is_there and has_library
+
+
+def _is_chip(device: pathlib.Path) -> bool:
+  """Whether it is Google's, and none of its disks and network cards."""
+  read = lambda name: (device / name).read_text().strip()
+  try:
+    return read("vendor") == _GOOGLE and read("class")[:4] not in _NO_CHIPS
+  except OSError:
+    return False
+
+
+def num_tpu_hosts(environ: Mapping[str, str]) -> int:
+  """Hosts that JAX would join; 1 where the surroundings do not say.
+
+  Args:
+    environ: the environment variables; GKE sets the hosts' names, and on a TPU
+      VM Google's metadata server tells them.
+  """
+  hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get(
+    "TPU_WORKER_HOSTNAMES"
+  )
+  if not hosts and "TPU_SKIP_MDS_QUERY" not in environ:
+    hosts = _metadata(environ, "worker-network-endpoints")
+  num_slices = int(environ.get("MEGASCALE_NUM_SLICES") or 1)
+  return num_slices * len((hosts or "").split(","))
+
+
+def _metadata(environ: Mapping[str, str], name: str) -> str:
+  server = environ.get("GCE_METADATA_IP", "metadata.google.internal")
+  request = urllib.request.Request(
+    f"http://{server}/computeMetadata/v1/instance/attributes/{name}",
+    headers={"Metadata-Flavor": "Google"},
+  )
+  try:
+    with urllib.request.urlopen(request, timeout=5) as answer:
+      return answer.read().decode()
+  except OSError:  # not Google's cloud
+    return ""

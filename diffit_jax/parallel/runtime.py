@@ -14,11 +14,11 @@ import secrets
 import threading
 import time
 from typing import TypeVar
+import zlib
 
 from absl import logging
 from etils import epath
 import jax
-from jax._src import compilation_cache
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +46,7 @@ T = TypeVar("T")
 START_TIMEOUT = 1800  # seconds; the machines of a large slice come up slowly
 HEARTBEAT_TIMEOUT = 100  # seconds of silence after which a process is dead
 _SHUTDOWN_TIMEOUT = 60  # seconds to wait for the others at the end
+_ZSTD = b"\x28\xb5\x2f\xfd"  # what it writes begins with
 _SHARED_FOLDER_TIMEOUT = 10  # seconds; network folders may lag
 
 
@@ -305,7 +306,6 @@ def use_compilation_cache(folder: str) -> None:
 
 def _drop_torn_entry(folder: str) -> None:
   """Deletes the newest entry where a kill came while it was written."""
-  decompress = compilation_cache.decompress_executable
   path = epath.Path(folder)
   if folder.startswith("gs://") or not path.is_dir():
     return  # objects in a bucket are whole or not there
@@ -313,7 +313,16 @@ def _drop_torn_entry(folder: str) -> None:
   entries.sort(key=lambda entry: entry.stat().mtime)
   for entry in entries[-1:]:
     try:
-      decompress(entry.read_bytes())
+      _decompress(entry.read_bytes())
     except Exception:  # of whichever library compressed it
       logging.info("dropped %s, which a kill had cut short", entry)
       entry.unlink(missing_ok=True)
+
+
+def _decompress(entry: bytes) -> bytes:
+  """JAX compresses with zstandard where it is installed, or else with zlib."""
+  if entry.startswith(_ZSTD):
+    import zstandard
+
+    return zstandard.ZstdDecompressor().decompress(entry)
+  return zlib.decompress(entry)

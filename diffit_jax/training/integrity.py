@@ -14,7 +14,7 @@ changed, swapped or lost elements cancel with a probability of about 2^-64.
 Integer sums modulo 2^32 do not depend on the order of their terms, and i is the
 element's index in the whole array. So the sum is the same number on any mesh
 and any number of processes, and each device adds up what it holds: only the
-sums travel.
+sums travel. A small tree is summed by NumPy, since compiling takes longer.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +28,7 @@ import numpy as np
 
 _SALT = np.uint32(0x9E3779B9), np.uint32(0x7F4A7C15)
 _WORD = 2**32
+_SMALL = 2**22  # elements of a tree, which NumPy sums in a fifth of a second
 
 
 class Damage(ValueError):
@@ -55,8 +56,11 @@ def checksums(tree, unit=None) -> dict[str, str]:
   sums = {}
   for group in filter(None, [*units, rest]):
     arrays = [jnp.asarray(leaf) for _, leaf in group]
-    # Waits each time: the CPU's collectives lock up if two programs overlap.
-    values = jax.device_get(_compiled(_replicated(arrays))(arrays))
+    if _is_small(arrays):
+      values = [leaf_sums(array, xp=np) for array in jax.device_get(arrays)]
+    else:
+      # Waits each time: the CPU's collectives lock up if two programs overlap.
+      values = jax.device_get(_compiled(_replicated(arrays))(arrays))
     for (path, _), (a, b) in zip(group, values):
       sums[_name(path)] = f"{int(a):08x}{int(b):08x}"
   return sums
@@ -82,6 +86,12 @@ def _name(path: Iterable) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def _is_small(arrays: list[jax.Array]) -> bool:
+  """Whether this process holds all of them, and they are few numbers."""
+  size = sum(array.size for array in arrays)
+  return size <= _SMALL and all(array.is_fully_addressable for array in arrays)
+
+
 def _replicated(arrays: list[jax.Array]) -> NamedSharding | None:
   """Where the sums go: to every device of the arrays' mesh."""
   for array in arrays:
@@ -98,60 +108,70 @@ def _compiled(out: NamedSharding | None) -> Callable:
   return jax.jit(sums, out_shardings=out)
 
 
-def leaf_sums(array: jax.Array, word: int = _WORD) -> jax.Array:
+def leaf_sums(array, word: int = _WORD, xp=jnp):
   """The two sums (1) of one array.
 
   Args:
     array: [...] of any plain dtype.
     word: elements that the index i counts; beyond, c and c' take the rest of
       the index. Tests make it smaller.
+    xp: the library that sums, jax.numpy or, for arrays of its own, numpy.
 
   Returns:
     [2] uint32.
   """
-  bits = _bits(array)
+  bits = _bits(array, xp)
   first = 0  # the axes before it are counted by c
   while math.prod(bits.shape[first:]) > word:
     first += 1
   c = [np.uint32(salt) for salt in _SALT]
   if first:
-    high = _count(bits.shape, range(first))
+    high = _count(bits.shape, range(first), xp)
     c = [_murmur(high + c[0]), _lowbias(high + c[1])]
-  i = _count(bits.shape, range(first, bits.ndim))
+  i = _count(bits.shape, range(first, bits.ndim), xp)
   terms = (
     _murmur(bits ^ _murmur(c[0] + i)),
     _lowbias(bits + _lowbias(c[1] + i)),
   )
   # Two sums: XLA gathers the operands of one reduction of pairs.
-  return jnp.stack([jnp.sum(term, dtype=jnp.uint32) for term in terms])
+  return xp.stack([xp.sum(term, dtype=xp.uint32) for term in terms])
 
 
-def _bits(array: jax.Array) -> jax.Array:
+def _bits(array, xp):
   """The array as uint32; an element of 64 bits becomes two."""
-  if array.dtype == jnp.bool_:
-    array = array.astype(jnp.uint8)
+  if array.dtype == xp.bool_:
+    array = array.astype(xp.uint8)
   size = min(array.dtype.itemsize, 4)
-  unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size]
-  return jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
+  unsigned = {1: xp.uint8, 2: xp.uint16, 4: xp.uint32}[size]
+  if xp is jnp:
+    bits = jax.lax.bitcast_convert_type(array, unsigned)
+  else:
+    pairs = (2,) if array.dtype.itemsize == 8 else ()
+    # One element is a row: a scalar of NumPy warns where it overflows.
+    bits = np.ascontiguousarray(array).view(unsigned)
+    bits = bits.reshape((*array.shape, *pairs) or (1,))
+  return bits.astype(xp.uint32)
 
 
-def _count(shape: tuple[int, ...], axes: range) -> jax.Array:
+def _count(shape: tuple[int, ...], axes: range, xp):
   """Row-major index over some neighbouring axes, as uint32 [*shape]."""
-  index, stride = jnp.uint32(0), 1
+  index, stride = xp.zeros((1,) * len(shape), xp.uint32), 1
   for axis in reversed(axes):
-    along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    row = [1] * len(shape)
+    row[axis] = shape[axis]
+    along = xp.arange(shape[axis], dtype=xp.uint32).reshape(row)
     index = index + along * np.uint32(stride)
     stride *= shape[axis]
   return index
 
 
-def _murmur(x: jax.Array) -> jax.Array:
+def _murmur(x):
   x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
   return x ^ (x >> 16)
 
 
-def _lowbias(x: jax.Array) -> jax.Array:
+def _lowbias(x):
   x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
   x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
   return x ^ (x >> 16)

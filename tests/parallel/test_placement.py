@@ -27,6 +27,7 @@ def make_config(name, **changes):
   config = CONFIGS[name].get_config("debug")
   config.batch_size = BATCH
   if name == "digits":
+    config.model.channel_mult = (1, 2)
     config.model.dropout = 0.2
   config.update_from_flattened_dict(changes)
   return config

@@ -1,14 +1,16 @@
 """Who the processes of a run are, and whether they agree."""
 
+from http import server
 import json
 import os
+import threading
 import types
+import zlib
 
-from jax._src import compilation_cache
 import pytest
 
 from diffit_jax.errors import UserError
-from diffit_jax.parallel import runtime
+from diffit_jax.parallel import cluster, runtime
 from diffit_jax.parallel.cluster import Cluster, detect
 from diffit_jax.stop import StopRequest
 import two_processes
@@ -196,6 +198,57 @@ def test_two_processes_agree(tmp_path):
   assert not list(tmp_path.glob("*/.shared*"))
 
 
+def pci_device(folder, vendor, kind):
+  folder.mkdir(parents=True)
+  (folder / "vendor").write_text(f"{vendor}\n")
+  (folder / "class").write_text(f"{kind}\n")
+
+
+def test_chips_are_googles_devices_that_are_no_disks_and_no_networks(tmp_path):
+  environ = {"TPU_LIBRARY_PATH": "libtpu.so"}
+  found = lambda **more: cluster.has_tpu(environ | more, tmp_path)
+  pci_device(tmp_path / "0", "0x1ae0", "0x020000")  # gVNIC
+  pci_device(tmp_path / "1", "0x1ae0", "0x010802")  # a local disk
+  pci_device(tmp_path / "2", "0x10de", "0x030200")  # an NVIDIA GPU
+  (tmp_path / "3").mkdir()  # unreadable
+  assert not found()
+  pci_device(tmp_path / "4", "0x1ae0", "0xff0000")
+  assert found() and found(JAX_PLATFORMS="tpu,cpu")
+  assert not found(JAX_PLATFORMS="cpu")
+  assert not cluster.has_tpu(environ)  # here
+
+
+@pytest.fixture
+def metadata_server():
+  """Address of a server that knows a slice of four hosts, as Google's does."""
+
+  class Handler(server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      known = self.path.endswith("/attributes/worker-network-endpoints")
+      is_asked_well = self.headers["Metadata-Flavor"] == "Google"
+      self.send_response(200 if known and is_asked_well else 404)
+      self.end_headers()
+      self.wfile.write(b"x:0:10.0.0.1,x:1:10.0.0.2,x:2:10.0.0.3,x:3:10.0.0.4")
+
+    def log_message(self, *_):
+      pass
+
+  with server.HTTPServer(("localhost", 0), Handler) as http:
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"localhost:{http.server_port}"
+    http.shutdown()
+
+
+def test_the_hosts_of_a_slice(metadata_server):
+  hosts = lambda **environ: cluster.num_tpu_hosts(environ)
+  assert hosts(TPU_WORKER_HOSTNAMES="localhost") == 1
+  assert hosts(TPU_WORKER_HOSTNAMES="a,b", MEGASCALE_NUM_SLICES="3") == 6
+  assert hosts(TPU_PROCESS_ADDRESSES="a:1,b:1,c:1") == 3
+  assert hosts(GCE_METADATA_IP=metadata_server) == 4
+  assert hosts(GCE_METADATA_IP=metadata_server, TPU_SKIP_MDS_QUERY="1") == 1
+  assert hosts(GCE_METADATA_IP=f"localhost:{two_processes.free_port()}") == 1
+
+
 @pytest.fixture()
 def jax_config(monkeypatch):
   """Stands for JAX's, with no compilation cache."""
@@ -219,7 +272,7 @@ def test_the_compilation_cache_of_the_user_wins(jax_config, tmp_path):
 
 @pytest.mark.parametrize("size", [None, 0, 10, -1])
 def test_a_torn_entry_of_the_compilation_cache_goes(size, jax_config, tmp_path):
-  whole = compilation_cache.compress_executable(bytes(range(256)) * 9)
+  whole = zlib.compress(bytes(range(256)) * 9)
   folder = tmp_path / "of run[1]"  # no pattern
   folder.mkdir()
   (folder / "a-cache").write_bytes(whole)

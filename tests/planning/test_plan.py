@@ -140,9 +140,10 @@ def test_a_program_that_libtpu_cannot_print(monkeypatch):
 
   pytest.importorskip("libtpu")
   monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
-  card = report.to_json(make_plan(small_config(), "v5e:1x1"))
+  tiny = {"batch_size": 4, "model.hidden_dim": 32, "model.depth": 1}
+  card = report.to_json(make_plan(small_config(**tiny), "v5e:1x1"))
   assert card["fits"] and 0 < card["total_gib"] < 1
-  assert 1 < card["flops_ratio"] < 1.05
+  assert 1 < card["flops_ratio"] < 1.1
   assert card["collectives"] is None and card["step_ms"] is None
   assert "fails to print" in card["missing"][0]
   assert "fits" in table.to_table(card)

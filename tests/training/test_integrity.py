@@ -73,6 +73,9 @@ def test_sums_are_those_of_plain_integers(name):
   array = arrays()[name]
   found = jax.jit(integrity.leaf_sums)(jnp.asarray(array))
   assert found.tolist() == plain(array)
+  assert integrity.leaf_sums(array, xp=np).tolist() == plain(array)
+  wide = array.astype(np.float64)
+  assert integrity.leaf_sums(wide, xp=np).tolist() == plain(wide)
 
 
 def test_sums_of_arrays_beyond_one_word():
@@ -81,6 +84,7 @@ def test_sums_of_arrays_beyond_one_word():
   for word in (16, 80, 200, 640):
     found = integrity.leaf_sums(jnp.asarray(array), word)
     assert found.tolist() == plain(array, word), word
+    assert integrity.leaf_sums(array, word, np).tolist() == found.tolist()
   assert plain(array, 16) != plain(array, 80) != plain(array)
 
 
@@ -154,8 +158,10 @@ MESHES = [
 ]
 
 
+@pytest.mark.parametrize("small", [0, 10**6], ids=["compiled", "numpy"])
 @pytest.mark.parametrize("data, fsdp, spec_a, spec_b", MESHES)
-def test_the_same_on_every_mesh(data, fsdp, spec_a, spec_b):
+def test_the_same_on_every_mesh(data, fsdp, spec_a, spec_b, small, monkeypatch):
+  monkeypatch.setattr(integrity, "_SMALL", small)
   mesh = make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
   found = integrity.checksums(tree_on(mesh, spec_a, spec_b))
   x = arrays()["float32"]
