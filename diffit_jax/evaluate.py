@@ -187,6 +187,7 @@ def _build_reference(stop) -> int:
   from diffit_jax.evaluation import images, measure
 
   out = pathlib.Path(_OUT.value)
+  measure.require_npz(out)
   found = images.open_images(_BUILD.value, _DATA_DIR.value, _SPLIT.value)
   space = _space()
   with _claimed(out) as held:
@@ -201,6 +202,8 @@ def _evaluate(stop) -> int:
   scores.choose(_METRICS.value, _FEATURES.value)  # a mistake would show late
   name, values = sweep.parse(_SWEEP.value)
   out = pathlib.Path(_OUT.value)
+  if not name:
+    job.refuse_folder(out)
   space = _space()
   found = reference.read_reference(
     _REFERENCE.value, _DATA_DIR.value, _SPLIT.value
@@ -224,6 +227,8 @@ def _make_cards(collector, found, name, values, out: pathlib.Path) -> None:
   cards = {}
   for value in values:
     samples = make(value)
+    num = _num(samples.available)
+    job.check_num(samples, num, _REPEATS.value)  # before the reference is read
     if measure is None:
       measure = measure_lib.make_measure(
         collector,
@@ -237,7 +242,7 @@ def _make_cards(collector, found, name, values, out: pathlib.Path) -> None:
       measure,
       samples,
       sweep.card_path(out, name, value),
-      num=_num(samples.available),
+      num=num,
       repeats=_REPEATS.value,
     )
     print(card.lines(cards[value]), flush=True)

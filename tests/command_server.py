@@ -11,11 +11,13 @@ starts its own, under its own flags, and ends as the interpreter ends.
 
 import gc
 import importlib
+from importlib.util import spec_from_loader
 import json
 import os
 import runpy
 import signal
 import sys
+import traceback
 
 PRELOADED = (
   "diffit_jax.autoencoder.codec",
@@ -34,13 +36,18 @@ WITHOUT_TENSORFLOW = [
 
 
 class NoTensorFlow:
-  """Ends a program that tries to import it, whatever catches errors there."""
+  """Ends a program that imports it, whatever catches errors there."""
 
   @staticmethod
-  def find_spec(name, *_):
+  def find_spec(name, *_):  # asking whether it is installed is no import
     if name == "tensorflow":
-      print("error: it imports TensorFlow", file=sys.stderr, flush=True)
-      os._exit(99)
+      return spec_from_loader(name, NoTensorFlow)
+
+  @staticmethod
+  def create_module(_):
+    traceback.print_stack()
+    print("error: it imports TensorFlow", file=sys.stderr, flush=True)
+    os._exit(99)
 
 
 def next_program() -> dict:

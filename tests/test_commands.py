@@ -222,7 +222,7 @@ def test_sigterm_saves_and_asks_to_be_started_again(tmp_path, data_dir):
 def test_wrong_input_ends_in_one_clear_line(command, message, tmp_path):
   config = f"{commands.ROOT}/configs"
   command = command.replace("=configs", f"={config}")
-  line = commands.last_error(command, cwd=tmp_path, PYTHONPATH=commands.ROOT)
+  line = commands.last_error(command, cwd=tmp_path)
   assert re.search(message, line), line
   assert not list(tmp_path.iterdir())
 

@@ -44,7 +44,7 @@ def evaluate(
     UserError: too few samples, or ones that cannot be scored.
     Stopped: SIGTERM came first.
   """
-  _check_num(samples, num, repeats)
+  check_num(samples, num, repeats)
   found = [
     _score(measure, samples, num, repeat, partial) for repeat in range(repeats)
   ]
@@ -81,7 +81,7 @@ def _best(found: list[dict[str, float]], measure: Measure) -> tuple[int, str]:
   )
 
 
-def _check_num(samples: Samples, num: int, repeats: int) -> None:
+def check_num(samples: Samples, num: int, repeats: int) -> None:
   available = samples.available
   if num < 2:
     raise UserError(f"--num={num}: a distance needs at least 2 samples")
@@ -165,6 +165,12 @@ def _score(measure, samples, num, repeat, partial):
   return values, missing, distances, match.rule
 
 
+def refuse_folder(out: pathlib.Path) -> None:
+  """Refuses an --out that is to be a card and is a folder."""
+  if out.is_dir():
+    raise UserError(f"--out={out} is a folder: a card is a file, as card.json")
+
+
 def prepare_output(out: pathlib.Path, is_folder: bool) -> None:
   """Makes the folder that cards go into, and refuses where that fails."""
   folder = out if is_folder else out.parent
@@ -172,8 +178,6 @@ def prepare_output(out: pathlib.Path, is_folder: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f"cannot make the folder {folder}: {error}") from error
-  if not is_folder and out.is_dir():
-    raise UserError(f"--out={out} is a folder: a card is a file, as card.json")
 
 
 def evaluate_to_file(

@@ -224,6 +224,12 @@ def remove_partial(stem: pathlib.Path) -> None:
       path.unlink(missing_ok=True)
 
 
+def require_npz(out: pathlib.Path) -> None:
+  """Refuses another name for a file of statistics."""
+  if out.suffix != ".npz":
+    raise UserError(f"--out={out}: a file of statistics must end in .npz")
+
+
 def build_reference(
   collector: Collector, images: Images, out: str | os.PathLike
 ) -> None:
@@ -235,8 +241,7 @@ def build_reference(
     out: the .npz file.
   """
   out = pathlib.Path(out)
-  if out.suffix != ".npz":
-    raise UserError(f"--out={out}: a file of statistics must end in .npz")
+  require_npz(out)
   subset = reference_lib.choose_subset(images.num)
   gathered = _gather(collector, images, np.arange(0), out)
   found = _statistics(gathered, {}, None)

@@ -46,15 +46,15 @@ class TestDiT:
     block = DiTBlock(num_heads=2)
     x = jnp.asarray(normal(2, 4, 4, 8), jnp.float32)
     time = jnp.asarray(normal(2, 6, seed=2), jnp.float32)
-    params = block.init(jax.random.key(0), x, time)
-    np.testing.assert_array_equal(block.apply(params, x, time), x)
+    params = jax.jit(block.init)(jax.random.key(0), x, time)
+    np.testing.assert_array_equal(jax.jit(block.apply)(params, x, time), x)
 
   def test_block_is_its_equations(self):
     block = DiTBlock(num_heads=2)
     x, time = normal(2, 2, 2, 8), normal(2, 6, seed=2)
     shapes = jax.eval_shape(block.init, jax.random.key(0), x, time)["params"]
     params = draw(shapes)
-    found = block.apply(
+    found = jax.jit(block.apply)(
       {"params": params}, x.astype("float32"), time.astype("float32")
     )
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
@@ -95,7 +95,9 @@ class TestDiT:
     params = draw(shapes_of(scanned, 4, 4))
     x = jnp.asarray(normal(2, 4, 4, 4), jnp.float32)
     t, labels = jnp.array([3, 700]), jnp.array([0, 3])
-    run = lambda model, params: model.apply({"params": params}, x, t, labels)
+    run = lambda model, params: jax.jit(model.apply)(
+      {"params": params}, x, t, labels
+    )
     np.testing.assert_allclose(
       run(scanned, params), run(unrolled, unstack_blocks(params)), atol=2e-5
     )

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -144,7 +145,17 @@ def test_a_dry_run_compiles_what_training_runs(num_devices):
   assert real == abstract
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+# One of each network; of the others, the step is traced and the loss computed.
+STEPPED = (
+  "cifar10.py",
+  "cifar10.py:rung=A",
+  "cifar10_song.py",
+  "imagenet256.py",
+  "imagenet256.py:modulation=dit",
+)
+
+
+@pytest.mark.parametrize("name", STEPPED)
 def test_the_shrunk_form_takes_a_step_and_plans(name):
   config = GRAPHS[name]
   program = program_lib.build(config, jax.devices()[:1])
@@ -165,6 +176,21 @@ def test_the_shrunk_form_takes_a_step_and_plans(name):
   assert any(moved)
   plan = report.describe(config, program)  # compiled, as the cache has
   assert "MACs per image" in plan and "MiB temporaries" in plan
+
+
+@pytest.mark.parametrize("name", sorted({*GRAPHS} - {*STEPPED}))
+def test_the_shrunk_form_has_a_loss_and_a_step(name):
+  config = GRAPHS[name]
+  program = program_lib.build(config, jax.devices()[:1])
+  loss = program_lib.make_loss(program.model, config, program.mesh)
+  params, batch = made_up_state(program).params, made_up_batch(config)
+  losses = jax.jit(loss)(params, batch, jax.random.key(0))
+  assert losses.shape == (2,) and np.isfinite(losses).all() and losses.min() > 0
+  arguments = program_lib.step_arguments(config, program)
+  traced = program.train_step.trace(*arguments)
+  assert jax.tree.map(jnp.shape, traced.out_info[0]) == jax.tree.map(
+    jnp.shape, program.abstract
+  )
 
 
 @pytest.mark.parametrize(
