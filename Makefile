@@ -3,7 +3,8 @@
 # make bench  the short benchmarks; writes docs/benchmarks.md
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+# Modules are compiled when they are first imported: most never are.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export TF_ENABLE_ONEDNN_OPTS ?= 0
