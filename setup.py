@@ -2,7 +2,13 @@
 
 import setuptools
 
+# Only TFDS's own builders import it, as that of CIFAR-10.
+_PREPARE = [
+  "tensorflow-cpu>=2.20; sys_platform != 'darwin'",
+  "tensorflow>=2.20; sys_platform == 'darwin'",
+]
 _TEST = [
+  *_PREPARE,
   "pytest>=8.0",
   "pytest-xdist>=3.6",
   "PyYAML>=6.0",
@@ -37,8 +43,6 @@ setuptools.setup(
     "scikit-learn>=1.5",
     "scipy>=1.11",
     "tensorboard>=2.18",
-    "tensorflow-cpu>=2.20; sys_platform != 'darwin'",
-    "tensorflow>=2.20; sys_platform == 'darwin'",
     "tensorflow-datasets>=4.9.10",
     "tqdm>=4.66",
   ],
@@ -47,6 +51,7 @@ setuptools.setup(
     "cuda": ["jax[cuda13]>=0.10.0"],
     "gcp": ["gcsfs>=2024.6"],  # workdirs in gs:// buckets
     "plan": ["libtpu>=0.0.30"],
+    "prepare": _PREPARE,  # CIFAR-10
     "test": _TEST,
   },
 )

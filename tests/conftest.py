@@ -16,6 +16,9 @@ os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
+# Each worker of xdist has a core, whose time waiting threads would take.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   _cache = tempfile.mkdtemp(prefix="diffit_jax_tests_")
   atexit.register(shutil.rmtree, _cache, ignore_errors=True)

@@ -344,7 +344,7 @@ def test_a_slice_on_which_the_program_fails_is_given_up(stubs):
   assert _started(stubs) == ["describe", "ssh"] * 4
 
 
-# Three runs of two real processes, each with two devices.
+# Runs of two real processes, each with two devices.
 
 
 @pytest.fixture
@@ -387,6 +387,7 @@ def test_slurm_trains_with_real_processes(real, tmp_path, per, nodes):
   _assert_trained(_run("slurm.sbatch", *arguments, **environment), tmp_path)
 
 
+@pytest.mark.slow
 def test_machines_train_with_real_processes(real, tmp_path):
   environment, arguments = real
   done = _run("local_processes.sh", *arguments, **environment)

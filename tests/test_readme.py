@@ -22,6 +22,8 @@ DEBUG = {
   r"--num=\d+": "--num=2",
   r"(diffit_jax\.evaluate)": r"\1 --batch_size=4",
   r"(--out=more)": r"\1 --num=2",
+  r"(--workdir=runs/(cats|tuned))": r"\1 --config.total_steps=2"
+  " --config.sample_every_steps=0",
   r"--resolution=(256|512)": "--resolution=32",
   r"--topology=\S+": "--topology=cpu:4",
 }

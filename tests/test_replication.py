@@ -12,6 +12,7 @@ from diffit_jax.errors import UserError
 SETTINGS = replication.Settings(steps=2, num=16, debug=True)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_finished_ones_stay(
   tmp_path, data_dir, monkeypatch, capsys
 ):

@@ -1,6 +1,7 @@
 """What `prepare` makes, what it refuses, and what it leaves behind."""
 
 import errno
+import importlib.util
 import io
 import json
 import resource
@@ -355,6 +356,12 @@ def test_cifar10_by_tfds_from_its_genuine_layout(tmp_path, monkeypatch):
     assert label == labels[index]
   images = [transforms.decode(r["image"], 3) for r in dataset.source]
   assert {i.tobytes() for i in images} == {i.tobytes() for i in expected[:10]}
+
+
+def test_cifar10_without_tensorflow_says_what_to_install(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+  with pytest.raises(UserError, match=r"needs TensorFlow: pip install .*pre"):
+    cifar10.recipe("data")
 
 
 def test_cifar10_wants_the_archive_by_its_name(tmp_path):

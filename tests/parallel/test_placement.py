@@ -103,8 +103,7 @@ def reference():
   "num_devices, changes",
   [
     (1, {"model.remat": "dots", "num_microbatches": 4}),
-    (8, {"mesh.fsdp": 4}),
-    (8, {"mesh.fsdp": 8, "num_microbatches": 2, "model.remat": "full"}),
+    (8, {"mesh.fsdp": 4, "num_microbatches": 2, "model.remat": "full"}),
   ],
   ids=str,
 )

@@ -158,26 +158,28 @@ def flip(path: pathlib.Path, position: float) -> None:
 
 
 def test_no_flipped_byte_goes_unseen(copy, caplog):
-  """One byte of each file: the state is 2 to the bit, or 1 and a warning."""
+  """One byte of each file: the state is 2 to the bit, or 1 and a warning.
+
+  In half of the files near the start, in half of them behind the middle.
+  """
   newest, kept = copy / "checkpoints" / "2", copy / "kept"
   shutil.copytree(newest, kept)
   files = [p.relative_to(kept) for p in kept.rglob("*") if p.is_file()]
   files = sorted(p for p in files if (kept / p).stat().st_size)
   assert len(files) > 20
   fallbacks = 0
-  for file in files:
-    for position in (0.3, 0.6):
-      caplog.clear()
-      flip(newest / file, position)
-      found = restore(copy)
-      fell_back = "checkpoint 2 cannot be read" in caplog.text
-      assert_is_state(found, 1 if fell_back else 2)
-      assert (copy / "damaged" / "2").exists() == fell_back
-      fallbacks += fell_back
-      shutil.rmtree(copy / "damaged", ignore_errors=True)
-      shutil.rmtree(newest, ignore_errors=True)
-      shutil.copytree(kept, newest)
-  assert fallbacks > 20
+  for number, file in enumerate(files):
+    caplog.clear()
+    flip(newest / file, (0.3, 0.6)[number % 2])
+    found = restore(copy)
+    fell_back = "checkpoint 2 cannot be read" in caplog.text
+    assert_is_state(found, 1 if fell_back else 2)
+    assert (copy / "damaged" / "2").exists() == fell_back
+    fallbacks += fell_back
+    shutil.rmtree(copy / "damaged", ignore_errors=True)
+    shutil.rmtree(newest, ignore_errors=True)
+    shutil.copytree(kept, newest)
+  assert fallbacks > 10
   gc.collect()  # the reads that Orbax drops warn when they go
 
 

@@ -19,7 +19,6 @@ from diffit_jax.training import checkpoint, loop
 
 def small(**fields):
   config = digits.get_config("debug")
-  config.model.channel_mult = (1,)
   config.update(
     dict(sample_every_steps=0, evaluate_every_steps=2, keep_checkpoints=1)
   )
@@ -193,7 +192,9 @@ def test_mistakes_show_before_training(data_dir, tmp_path):
 
 def test_latents_are_decoded_or_refused(data_dir, tmp_path):
   config = digits_latent.get_config("debug")
-  config.update(dict(evaluate_every_steps=4, sample_every_steps=0))
+  config.update(
+    dict(total_steps=1, evaluate_every_steps=4, sample_every_steps=0)
+  )
   config.evaluation.update(
     dict(features="digits", metrics=("frechet_digits",), num=20)
   )

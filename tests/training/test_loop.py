@@ -281,6 +281,7 @@ def steps_on(devices, config, data_dir, count=4):
   return losses, jax.device_get(now)
 
 
+@pytest.mark.slow  # test_placement.py has one step, with its gradient
 def test_eight_devices_equal_one(data_dir):
   """Equal up to the order of sums over the batch; dropout is on."""
   config = digits.get_config("debug")

@@ -1,5 +1,6 @@
 """CIFAR-10, by TFDS's own builder, in ArrayRecord format."""
 
+import importlib.util
 import os
 from typing import Any
 
@@ -22,6 +23,12 @@ def recipe(data_dir: str, source: str | None = None) -> dict[str, Any]:
     raise UserError(f"cifar10 takes --source=.../{_FILE}, not {source}")
   if source and not os.path.isfile(source):
     raise UserError(f"--source={source} does not exist")
+  if importlib.util.find_spec("tensorflow") is None:
+    raise UserError(
+      "cifar10 is prepared by TFDS's own builder, which needs TensorFlow:"
+      " pip install -c constraints.txt -e '.[prepare]'; what was prepared is"
+      " read without it"
+    )
   folder = os.path.dirname(os.path.abspath(source)) if source else None
   return {
     "make_builder": _make_builder,
