@@ -245,7 +245,8 @@ def test_mistakes_end_in_one_line(place, options, statistics, data_dir):
     (f"{samples} --out={place}/x.json", "--reference"),
     (f"{samples} --reference=tiny32", "--out"),
     (
-      f"{samples} --reference={place}/no.npz --out={place}/x.json {options}",
+      f"{samples} --reference={place}/no.npz --out={place}/x.json"
+      " --features=pixels",
       "no.npz",
     ),
     (
@@ -278,8 +279,8 @@ def test_mistakes_end_in_one_line(place, options, statistics, data_dir):
       "--per_class needs labels",
     ),
     (
-      f"{samples} --reference={statistics} --num=7 --out={place}/x.json"
-      f" {options}",
+      f"{samples} --reference={place}/samples --num=7 --out={place}/x.json"
+      " --features=pixels",
       "--num=7 is more than the 6 images",
     ),
     (
