@@ -373,6 +373,8 @@ def real(stubs, tmp_path, data_dir):
 def _assert_trained(done, tmp_path):
   assert done.returncode == 0, done.stderr[-3000:]
   assert "process 0 of 2: 2 local devices, 4 global" in done.stderr
+  for word in ("Traceback", "error", "Fatal"):
+    assert word not in done.stderr, done.stderr
   checkpoints = tmp_path / "run" / "checkpoints"
   assert [path.name for path in checkpoints.iterdir()] == ["2"]
 

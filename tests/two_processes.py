@@ -30,6 +30,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.parallel import runtime
 
 BATCH = 16
+FRIGHTENING = ("Traceback", "rror", "RNING", "Fatal")  # words of no good end
 FOUR_DEVICES = f"--xla_force_host_platform_device_count=4 {FAST_COMPILE}"
 
 
