@@ -5,6 +5,7 @@ compiling one program again for each of the many runs that the tests start.
 """
 
 import atexit
+import fcntl
 import gc
 import os
 import shutil
@@ -38,14 +39,14 @@ from commands import FEWER_EMITTERS  # noqa: E402
 
 # Begun first, so that both workers of xdist end at about the same time.
 LONG_FILES = (
+  "test_readme.py",  # whose commands others look at
   "test_experiments.py",
-  "test_evaluate_commands.py",
-  "test_readme.py",
-  "test_latent_commands.py",
+  "test_two_processes.py",
   "test_commands.py",
+  "test_evaluate_commands.py",
+  "test_latent_commands.py",
   "test_kill.py",
   "test_loop.py",
-  "test_two_processes.py",
   "test_launch.py",
   "test_placement.py",
   "test_checkpoint.py",
@@ -65,7 +66,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
   """Puts the long files first (needs --no-loadscope-reorder)."""
-  items.sort(key=lambda item: item.path.name not in LONG_FILES)
+  place = {name: i for i, name in enumerate(LONG_FILES)}
+  items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture
@@ -85,4 +87,25 @@ def data_dir(tmp_path_factory) -> str:
 
   folder = str(tmp_path_factory.mktemp("data"))
   preparation.prepare(**digits.recipe(), data_dir=folder)
+  return folder
+
+
+@pytest.fixture(scope="session")
+def readme(tmp_path_factory):
+  """The folder in which the README's commands ran, once for all workers.
+
+  Nothing is to be written there.
+  """
+  import readme_run
+
+  base = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    base = base.parent
+  folder = base / "readme"
+  with open(base / "readme.lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not (folder / "outputs.json").exists():
+      shutil.rmtree(folder, ignore_errors=True)
+      folder.mkdir()
+      readme_run.run_all(folder)
   return folder

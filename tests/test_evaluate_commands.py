@@ -1,5 +1,6 @@
 """evaluate as a user types it: from images to cards, and mistakes."""
 
+import json
 import os
 import signal
 import time
@@ -11,15 +12,10 @@ import pytest
 import commands
 from diffit_jax import claim
 from diffit_jax.evaluation import card
-import inception_fill
+from readme_run import NUM
 import two_processes as driver
 
 RNG = np.random.default_rng(0)
-NUM = 6  # samples, few, as Inception takes its time on a CPU
-CIFAR = (
-  "--config=configs/cifar10.py:debug --config.data.name=tiny32"
-  " --config.model.channel_mult=(1,) --config.model.base_channels=8"
-)
 
 
 def read(path) -> dict:
@@ -27,30 +23,11 @@ def read(path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-  """prepare, train and sample on images as small as CIFAR-10's."""
+def place(readme, tmp_path_factory):
+  """A folder to write to, with what the README's commands made."""
   folder = tmp_path_factory.mktemp("evaluate")
-  smooth = np.linspace(0, 200, 32)[:, None, None] * np.ones((32, 32, 3))
-  for i in range(12):
-    path = folder / f"images/class{i % 2}/{i:02d}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = (smooth + RNG.integers(0, 56, smooth.shape)).astype(np.uint8)
-    Image.fromarray(pixels).save(path)
-  inception_fill.write(folder / "inception.safetensors")
-  data = f"--data_dir={folder}/data"
-  commands.succeed(
-    f"prepare image_folder --name=tiny32 --source={folder}/images"
-    f" --resolution=32 {data}"
-  )
-  commands.succeed(
-    f"main {CIFAR} --workdir={folder}/run {data}"
-    f" --inception={folder}/inception.safetensors"
-    " --config.sample_every_steps=0 --config.evaluate_every_steps=4"
-    " --config.evaluation.num=4 --config.keep_best_by=fid"
-  )
-  commands.succeed(
-    f"sample --workdir={folder}/run --out={folder}/samples --num={NUM}"
-  )
+  for name in ("data", "samples", "inception.safetensors", "ffhq64.npz"):
+    (folder / name).symlink_to(readme / name)
   return folder
 
 
@@ -63,26 +40,25 @@ def options(place):
 
 
 @pytest.fixture(scope="module")
-def statistics(place, options):
+def statistics(place):
   """A file of statistics of the prepared set."""
-  out = commands.succeed(
-    f"evaluate --build_reference=tiny32 --out={place}/tiny32.npz {options}"
-  )
-  assert out == f"reference: {place}/tiny32.npz (12 images)\n"
-  return place / "tiny32.npz"
+  return place / "ffhq64.npz"
 
 
 @pytest.fixture(scope="module")
-def scored(place, options, statistics):
-  """The card of the samples that were written."""
-  out = commands.succeed(
-    f"evaluate --samples={place}/samples --reference={statistics}"
-    f" --out={place}/card.json {options}"
-  )
-  return read(place / "card.json"), out
+def scored(readme):
+  """The README's card, of samples that were never written."""
+  outputs = json.loads((readme / "outputs.json").read_text())
+  (out,) = (text for text in outputs.values() if "FID: " in text)
+  return read(readme / "card.json"), out
 
 
-def test_all_metrics_of_cifar10_in_its_debug_form(scored):
+def test_the_reference_is_told(readme):
+  outputs = json.loads((readme / "outputs.json").read_text())
+  assert "reference: ffhq64.npz (12 images)\n" in outputs.values()
+
+
+def test_all_metrics(scored):
   found, out = scored
   assert set(found["metrics"]) == {
     *("fid", "sfid", "inception_score", "precision", "recall", "kid")
@@ -119,27 +95,28 @@ def test_statistics_are_in_adms_layout(statistics):
     assert {"mu", "sigma", "mu_s", "sigma_s", "arr_0"} <= set(file.files)
     assert file["sigma"].shape == (2048, 2048)
     assert file["mu_s"].shape == (2023,)
-    assert file["arr_0"].shape == (12, 32, 32, 3)
+    assert file["arr_0"].shape == (12, 64, 64, 3)
     assert file["arr_0"].dtype == np.uint8 and file["mu"].dtype == np.float64
 
 
-def test_samples_that_are_never_written_score_the_same(
+def test_samples_that_were_written_score_the_same(
   place, options, statistics, scored
 ):
   commands.succeed(
-    f"evaluate --workdir={place}/run --num={NUM} --reference={statistics}"
-    f" --metrics=fid,inception_score --out={place}/direct.json {options}"
+    f"evaluate --samples={place}/samples --reference={statistics}"
+    f" --metrics=fid,inception_score --out={place}/written.json {options}"
   )
-  direct, (found, _) = read(place / "direct.json"), scored
-  assert set(direct["metrics"]) == {"fid", "inception_score"}
-  for name, value in direct["metrics"].items():
+  written, (found, _) = read(place / "written.json"), scored
+  assert set(written["metrics"]) == {"fid", "inception_score"}
+  for name, value in written["metrics"].items():
     np.testing.assert_allclose(value, found["metrics"][name], rtol=1e-6)
   assert (
-    card.deciding(direct["samples"])["sampling"]
+    card.deciding(written["samples"])["sampling"]
     == (card.deciding(found["samples"])["sampling"])
   )
+  card.write(place / "card.json", found)
   table = commands.succeed(
-    f"evaluate --compare {place}/card.json {place}/direct.json"
+    f"evaluate --compare {place}/card.json {place}/written.json"
   )
   assert table.startswith("|  | FID | sFID |") and "Measured alike" in table
 
@@ -240,10 +217,10 @@ def test_mistakes_end_in_one_line(place, options, statistics, data_dir):
   (place / "w.pth").write_bytes(b"PK\x03\x04")
   samples = f"--samples={place}/samples"
   for arguments, message in (
-    (f"{samples} --reference=tiny32 --out={place}/x.json", "--inception"),
+    (f"{samples} --reference=ffhq64 --out={place}/x.json", "--inception"),
     (f"--out={place}/x.json", "--samples"),
     (f"{samples} --out={place}/x.json", "--reference"),
-    (f"{samples} --reference=tiny32", "--out"),
+    (f"{samples} --reference=ffhq64", "--out"),
     (
       f"{samples} --reference={place}/no.npz --out={place}/x.json"
       " --features=pixels",
@@ -251,7 +228,7 @@ def test_mistakes_end_in_one_line(place, options, statistics, data_dir):
     ),
     (
       f"{samples} {digits} --out={place}/x.json",
-      "are 32x32 (height x width), the reference digits is of 8x8",
+      "are 64x64 (height x width), the reference digits is of 8x8",
     ),
     (
       f"--samples={place}/floats.npz --reference={statistics}"
@@ -274,9 +251,9 @@ def test_mistakes_end_in_one_line(place, options, statistics, data_dir):
       "were made with another extractor",
     ),
     (
-      f"{samples} --reference=tiny32 --per_class --out={place}/x.json"
+      f"{samples} --reference=ffhq64 --per_class --out={place}/x.json"
       f" {options} --features=pixels",
-      "--per_class needs labels",
+      "--per_class needs a reference with labels",
     ),
     (
       f"{samples} --reference={place}/samples --num=7 --out={place}/x.json"
@@ -293,7 +270,7 @@ def test_mistakes_end_in_one_line(place, options, statistics, data_dir):
       "with a field of guidance_scale",
     ),
     (f"{samples} {digits} --sweep=steps=1 --out={place}/y", "goes with"),
-    (f"--build_reference=tiny32 --out={place}/x.json {options}", ".npz"),
+    (f"--build_reference=ffhq64 --out={place}/x.json {options}", ".npz"),
     (f"--compare {place}/floats.npz", "floats.npz"),
     (
       f"{samples} --reference={statistics} --out={place} {options}",
@@ -319,7 +296,7 @@ def test_two_evaluations_do_not_write_one_card(place):
   assert not list(place.glob("busy*"))
 
 
-def test_fid_during_training_is_against_its_own_set(place):
-  found = read(place / "run/evaluation/step_00000004.json")
+def test_fid_during_training_is_against_its_own_set(readme):
+  found = read(readme / "runs/ffhq64/evaluation/step_00000004.json")
   assert found["metrics"].keys() == {"fid"}
-  assert found["protocol"]["reference"]["source"] == "tiny32"
+  assert found["protocol"]["reference"]["source"] == "ffhq64"

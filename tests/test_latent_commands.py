@@ -15,25 +15,20 @@ NPZ = "samples_3x32x32x3.npz"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(readme, tmp_path_factory):
   """vae/, other_vae/, ImageNet-like images/, and both kinds of data sets."""
   root = tmp_path_factory.mktemp("latent")
+  (root / "data").mkdir()
+  for name, made in {
+    "vae": "sd-vae-ft-ema",
+    "images": "ILSVRC/train",
+    "data/imagenet256_latents": "data/imagenet256_latents",
+  }.items():
+    (root / name).symlink_to(readme / made)
   blocks = {"block_out_channels": [4, 8, 8, 8]}  # sides are divided by 8
-  write_vae(root / "vae", **blocks)
   write_vae(root / "other_vae", 1, **blocks)
   write_vae(root / "scaled_vae", scaling_factor=0.5, **blocks)
   write_vae(root / "wide_vae", latent_channels=8, **blocks)
-  rng = np.random.default_rng(0)
-  for number in range(12):
-    path = root / "images" / f"n{number % 3:08d}" / f"{number}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path)
-  commands.succeed(
-    f"prepare imagenet_latents --source={root}/images --vae={root}/vae"
-    f" --resolution=32 --data_dir={root}/data --name=imagenet256_latents"
-    " --num_shards=2 --batch_size=4"
-  )
   commands.succeed(
     f"prepare image_folder --source={root}/images --resolution=32 --crop=adm"
     f" --data_dir={root}/data --name=imagenet256"
@@ -42,13 +37,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def workdir(folder):
+def workdir(readme):
   """A finished debug run on the prepared latents."""
-  commands.succeed(
-    f"main --config={LATENT} --workdir={folder}/run --data_dir={folder}/data"
-    f" --vae={folder}/vae"
-  )
-  return folder / "run"
+  return readme / "runs/imagenet256"
 
 
 def images(folder, name=NPZ):

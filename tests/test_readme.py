@@ -1,70 +1,7 @@
-"""Types the README's commands, in their debug form and on small data."""
-
-import re
-import zipfile
-
-import jax
-import numpy as np
-from PIL import Image
-import pytest
+"""The README's commands, as `readme_run` types them: all there, all at work."""
 
 import commands
-from configs import imagenet256
-from diffit_jax import models
-from diffit_jax.interop import files, save_official
-import inception_fill
-from tiny_vae import write_vae
-
-# What the README says -> what fits the small data made here.
-DEBUG = {
-  r"(configs/\w+\.py)": r"\1:debug",
-  r"(configs/ffhq64\S+)": r"\1 --config.model.channel_mult=(1,)",
-  r"--num=\d+": "--num=2",
-  r"(diffit_jax\.evaluate)": r"\1 --batch_size=4",
-  r"(--out=more)": r"\1 --num=2",
-  r"(--workdir=runs/(cats|tuned))": r"\1 --config.total_steps=2"
-  " --config.sample_every_steps=0",
-  r"--resolution=(256|512)": "--resolution=32",
-  r"--topology=\S+": "--topology=cpu:4",
-}
-SKIPPED = ("python -m venv", "pip install", "export ", "#", "make ")
-
-
-def readme_commands() -> list[str]:
-  """Every line of the README's code blocks, continued lines joined."""
-  text = (commands.ROOT / "README.md").read_text()
-  blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
-  lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-  lines = [line.split("#")[0].strip() for line in lines]
-  return [line for line in lines if line and not line.startswith(SKIPPED)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  """Holds everything that the commands name."""
-  root = tmp_path_factory.mktemp("readme")
-  (root / "configs").symlink_to(commands.ROOT / "configs")
-  rng = np.random.default_rng(0)
-  pixels = lambda: rng.integers(0, 256, (70, 80, 3), dtype=np.uint8)
-  for i in range(12):
-    for name in (f"images1024x1024/{i:05d}", f"ILSVRC/train/n{i % 3:08d}/{i}"):
-      path = root / f"{name}.png"
-      path.parent.mkdir(parents=True, exist_ok=True)
-      Image.fromarray(pixels()).save(path)
-  with zipfile.ZipFile(root / "cats.zip", "w") as archive:
-    for path in sorted((root / "images1024x1024").iterdir()):
-      archive.write(path, path.name)
-  write_vae(root / "sd-vae-ft-ema", block_out_channels=[4, 8, 8, 8])
-  inception_fill.write(root / "inception.safetensors")
-  config = imagenet256.get_config("debug")
-  params = jax.tree.map(
-    lambda leaf: rng.normal(size=leaf.shape, scale=0.1).astype(np.float32),
-    files.parameter_shapes(config),
-  )
-  save_official(
-    root / "diffit_256.safetensors", models.make_model(config.model), params
-  )
-  return root
+from readme_run import readme_commands
 
 
 def test_the_readme_names_every_entry_point():
@@ -73,16 +10,8 @@ def test_the_readme_names_every_entry_point():
     assert f"python -m diffit_jax.{entry} " in text
 
 
-def test_commands_run_in_order(folder):
-  for command in readme_commands():
-    for pattern, replacement in DEBUG.items():
-      command = re.sub(pattern, replacement, command)
-    commands.succeed(
-      command.removeprefix("python -m diffit_jax."),
-      cwd=folder,
-      TFDS_DATA_DIR=str(folder / "data"),
-    )
-  made = {path.name for path in folder.iterdir()}
+def test_commands_run_in_order(readme):
+  made = {path.name for path in readme.iterdir()}
   assert made >= {
     "samples",
     "more",
@@ -93,8 +22,8 @@ def test_commands_run_in_order(folder):
   }
   line = commands.last_error(
     "sample --workdir=runs/ffhq64 --out=labelled --labels=3",
-    cwd=folder,
+    cwd=readme,
   )
   assert "unconditional model" in line
-  runs = {path.name for path in (folder / "runs").iterdir()}
+  runs = {path.name for path in (readme / "runs").iterdir()}
   assert runs == {"ffhq64", "cats", "imagenet256", "tuned"}
