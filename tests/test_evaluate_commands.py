@@ -215,6 +215,10 @@ def test_mistakes_end_in_one_line(place, options, statistics, data_dir):
   half = (place / "inception.safetensors").read_bytes()[:1_000_000]
   (place / "half.safetensors").write_bytes(half)
   (place / "w.pth").write_bytes(b"PK\x03\x04")
+  for name in ("a/0", "a/1", "b/0", "b/1"):
+    path = place / "labelled" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(RNG.integers(0, 256, (64, 64, 3), np.uint8)).save(path)
   samples = f"--samples={place}/samples"
   for arguments, message in (
     (f"{samples} --reference=ffhq64 --out={place}/x.json", "--inception"),
@@ -254,6 +258,11 @@ def test_mistakes_end_in_one_line(place, options, statistics, data_dir):
       f"{samples} --reference=ffhq64 --per_class --out={place}/x.json"
       f" {options} --features=pixels",
       "--per_class needs a reference with labels",
+    ),
+    (
+      f"{samples} --reference={place}/labelled --per_class"
+      f" --out={place}/x.json --features=pixels",
+      "--per_class needs labels",
     ),
     (
       f"{samples} --reference={place}/samples --num=7 --out={place}/x.json"
