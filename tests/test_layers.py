@@ -131,6 +131,24 @@ def test_help_comes_at_once():
   assert min(took) < 1
 
 
+def test_commands_that_import_tensorflow_would_end():
+  """`command_server` runs main, sample, evaluate, export and plan like this."""
+  code = (
+    "import sys, importlib.util, command_server;"
+    " sys.meta_path.insert(0, command_server.NoTensorFlow);"
+    " assert importlib.util.find_spec('tensorflow'); print('asked', flush=True)"
+    "\ntry: import tensorflow\nexcept BaseException: pass"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=ROOT / "tests",
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 99 and done.stdout == "asked\n"
+  assert "error: it imports TensorFlow" in done.stderr
+
+
 def test_training_sampling_and_export_never_import_tensorflow(tmp_path):
   code = (
     "import diffit_jax.training.loop, diffit_jax.training.metrics as metrics;"
