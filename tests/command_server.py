@@ -45,6 +45,10 @@ class NoTensorFlow:
 
   @staticmethod
   def create_module(_):
+    return None  # an ordinary one
+
+  @staticmethod
+  def exec_module(_):
     traceback.print_stack()
     print("error: it imports TensorFlow", file=sys.stderr, flush=True)
     os._exit(99)
