@@ -5,6 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Modules are compiled when they are first imported: most never are.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile
+unexport PYTHON  # the launch scripts read it, too
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export TF_ENABLE_ONEDNN_OPTS ?= 0

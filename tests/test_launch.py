@@ -75,6 +75,7 @@ def stubs(tmp_path):
   return os.environ | {
     "PATH": f"{folder}:{os.environ['PATH']}",
     "HOME": str(tmp_path),
+    "PYTHON": "python",  # whatever the tests run on
     "STARTED": str(tmp_path / "started"),
     "CODES": str(tmp_path / "codes"),
     "RETRY_SECONDS": "0",
