@@ -19,8 +19,8 @@ from diffit_jax import config_files, environment, interrupt, paths, ranges
 from diffit_jax.errors import UserError
 
 REQUEUE = 75
-# Objects made since the last collection. Tracing a network makes a million that
-# stay, and at Python's own 700 a quarter of its time goes into looking at them.
+# Objects made since the last collection. Tracing a network makes very many that
+# stay; at the 700 of Python 3.11 a quarter of its time goes into looking at them.
 _GC_THRESHOLD = 100_000
 flags.disclaim_key_flags()  # --help lists them with the entry point's own
 

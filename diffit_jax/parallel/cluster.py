@@ -160,11 +160,11 @@ def has_tpu(
   """
   platforms = environ.get("JAX_PLATFORMS", "")
   wanted = not platforms or "tpu" in platforms.split(",")
-  is_there = wanted and any(map(_is_chip, devices.glob("*")))
-  has_library = "TPU_LIBRARY_PATH" in environ or bool(
+  if not wanted or not any(map(_is_chip, devices.glob("*"))):
+    return False
+  return "TPU_LIBRARY_PATH" in environ or bool(
     importlib.util.find_spec("libtpu")
   )
-  return is_there and has_library
 
 
 def _is_chip(device: pathlib.Path) -> bool:

@@ -28,7 +28,7 @@ import numpy as np
 
 _SALT = np.uint32(0x9E3779B9), np.uint32(0x7F4A7C15)
 _WORD = 2**32
-_SMALL = 2**22  # elements of a tree, which NumPy sums in a fifth of a second
+_SMALL = 2**22  # elements of a tree, which NumPy sums in a tenth of a second
 
 
 class Damage(ValueError):

@@ -98,8 +98,8 @@ def create(init, mesh: Mesh) -> TrainState:
   """Makes the state with every array born where it belongs."""
   shapes = jax.eval_shape(init)
   out = sharding.tree_sharding(mesh, shapes)
-  # It runs once: at full optimisation it compiles for three times as long, to
-  # the same bits.
+  # It runs once: at full optimisation it compiles for two to three times as
+  # long, to the same bits.
   options = {"xla_backend_optimization_level": 1}
   return jax.jit(init, out_shardings=out, compiler_options=options)()
 
