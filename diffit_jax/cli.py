@@ -20,7 +20,7 @@ from diffit_jax.errors import UserError
 
 REQUEUE = 75
 # Objects made since the last collection. Tracing a network makes very many that
-# stay; at the 700 of Python 3.11 a quarter of its time goes into looking at them.
+# stay; at the 700 of Python 3.11, looking at them takes a quarter of the time.
 _GC_THRESHOLD = 100_000
 flags.disclaim_key_flags()  # --help lists them with the entry point's own
 
