@@ -167,6 +167,10 @@ def _open(config, data_dir, vae):
   return codec, source.open_training_set(config, data_dir, codec)
 
 
+def _grid_name(average: str) -> str:
+  return f"samples_{average}"
+
+
 class _Run:
   """One start of a run: the state and what is done to it between steps."""
 
@@ -222,7 +226,7 @@ class _Run:
   def loop(self, stop: StopRequest) -> bool:
     """Steps until the end or a stop request; saves in both cases."""
     config, total = self.config, self.config.total_steps
-    if self.step >= total and not self._lacks_score():
+    if self.step >= total and not (self._lacks_grid() or self._lacks_score()):
       logging.info("already done: step %d of %d", self.step, total)
       return True
     batches = pipeline.Pipeline(
@@ -247,6 +251,8 @@ class _Run:
       )
       stack.enter_context(self.watchdog)
       ahead = mesh_lib.put_ahead(self.program.mesh, batches)
+      if self._lacks_grid():  # a kill came between the save and them
+        self._sample()
       if self._lacks_score():  # an earlier start was stopped over it
         self._evaluate()
       while self.step < total and not stop.requested:
@@ -285,6 +291,16 @@ class _Run:
     """Whether something is to be done at this step, or at the last one."""
     is_last = self.step == self.config.total_steps
     return bool(every_steps) and (self.step % every_steps == 0 or is_last)
+
+  def _lacks_grid(self) -> bool:
+    names = [_grid_name(name) for name in self.state.ema]
+    has_all = lambda: all(self.writer.has_images(self.step, n) for n in names)
+    return (
+      self.sampler is not None
+      and self.step > 0
+      and self._is_due(self.config.sample_every_steps)
+      and not runtime.from_first(has_all)
+    )
 
   def _lacks_score(self) -> bool:
     return (
@@ -337,7 +353,7 @@ class _Run:
     self._check()
     with self.watchdog.patient():
       for name, tree in self.state.ema.items():
-        self.writer.images(self.step, f"samples_{name}", self.sampler(tree))
+        self.writer.images(self.step, _grid_name(name), self.sampler(tree))
     self.clock.restart(self.step)
 
   def _evaluate(self) -> None:

@@ -4,6 +4,7 @@ import io
 import os
 
 from absl import logging
+from etils import epath
 import jax
 import numpy as np
 
@@ -41,17 +42,28 @@ class Writer:
         (self._directory / name).write_text(content + "\n")
 
   def images(self, step: int, name: str, images: np.ndarray) -> None:
-    """Writes uint8 [n, h, w, c] images as one grid, PNG and TensorBoard."""
+    """Writes uint8 [n, h, w, c] images as one grid, TensorBoard and PNG.
+
+    The PNG comes last: where it is, all is (`has_images`).
+    """
     if self._events is None:
       return
     grid = page(images)
     png, (height, width, _) = _png(grid), grid.shape
-    path = self._directory / "samples" / f"{name}_{step:08d}.png"
+    path = self._grid(step, name)
     with workdir.writing(self._directory):
+      self._events.image(step, name, png, (width, height))
+      self._events.flush()
       path.parent.mkdir(parents=True, exist_ok=True)
       workdir.write_whole(path, png)
-      self._events.image(step, name, png, (width, height))
     logging.info("wrote %s", path)
+
+  def has_images(self, step: int, name: str) -> bool:
+    """Whether this or an earlier start wrote that grid."""
+    return self._grid(step, name).exists()
+
+  def _grid(self, step: int, name: str) -> epath.Path:
+    return self._directory / "samples" / f"{name}_{step:08d}.png"
 
   def flush(self) -> None:
     """Writes what is held back; a checkpoint must wait for it."""

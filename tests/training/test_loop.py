@@ -238,6 +238,28 @@ def test_a_sharded_run_draws_grids_and_traces_its_step_once(
   assert grid.name == "samples_edm_00000002.png" and grid.stat().st_size > 200
 
 
+def test_a_grid_lost_after_its_step_was_saved_is_made_up_for(copy, data_dir):
+  """As where a kill came between the two: the copied run has drawn none."""
+  drawn = []
+
+  def sampler(average):
+    drawn.append(jax.device_get(average))
+    return np.full((1, 8, 8, 1), 7, np.uint8)
+
+  for _ in range(2):
+    assert loop.train(
+      small(),
+      copy,
+      data_dir,
+      make_sampler=lambda *_: sampler,
+      devices=one_device(),
+    )
+  (average,) = drawn
+  assert_equal_states(average, final_state(small(), copy).ema["edm"])
+  (grid,) = (copy / "samples").iterdir()
+  assert grid.name == "samples_edm_00000004.png"
+
+
 def test_damaged_data_end_in_one_sentence(data_dir, tmp_path):
   other = tmp_path / "data"
   shutil.copytree(data_dir, other)
