@@ -203,7 +203,7 @@ def score(
   from diffit_jax.evaluation.samples import ImageSamples
   from diffit_jax.generation import weights
   from diffit_jax.parallel.mesh import make_mesh
-  from diffit_jax.training import storage
+  from diffit_jax.run import storage
 
   loaded = weights.from_workdir(workdir, make_mesh())
   log = storage.read_note(

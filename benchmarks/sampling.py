@@ -29,9 +29,9 @@ from diffit_jax.diffusion import guidance
 from diffit_jax.environment import PRNG
 from diffit_jax.generation import generator, weights
 from diffit_jax.parallel.mesh import make_mesh
-from diffit_jax.sampling.images import to_uint8
+from diffit_jax.pictures import to_uint8
+from diffit_jax.run.checkpoint import list_steps
 from diffit_jax.training import loop
-from diffit_jax.training.checkpoint import list_steps
 
 _LATENT = cli.define_path(
   "latent_workdir", "Run of digits_latent.", "runs/bench_digits_latent"

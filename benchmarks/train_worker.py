@@ -18,9 +18,9 @@ from diffit_jax import interop
 from diffit_jax.diffusion import adm, precond
 from diffit_jax.environment import PRNG
 from diffit_jax.models import latent
+from diffit_jax.run import state as state_lib
 from diffit_jax.training import objective
 from diffit_jax.training import program as program_lib
-from diffit_jax.training import state as state_lib
 
 # Gradients to compare: PyTorch's name, our path, order of PyTorch's axes.
 GRADIENTS = {

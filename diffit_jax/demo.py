@@ -108,8 +108,8 @@ def _train(
     workdir: of the run.
     is_finished: None asks the names of its checkpoints.
   """
-  from diffit_jax.training import workdir as workdir_lib
-  from diffit_jax.training.checkpoint import list_steps
+  from diffit_jax.run import workdir as workdir_lib
+  from diffit_jax.run.checkpoint import list_steps
 
   clock = workdir / _CLOCK
   spent = _read_seconds(clock)

@@ -69,9 +69,9 @@ def main() -> int:
     return 0
   workdir = _WORKDIR.value or f"runs/{config.name}"
   from diffit_jax.parallel import runtime
+  from diffit_jax.run.workdir import path_of
   from diffit_jax.training import timing
   from diffit_jax.training.loop import train
-  from diffit_jax.training.workdir import path_of
 
   make_evaluator = None
   if config.get("evaluate_every_steps"):

@@ -99,10 +99,10 @@ MUTATIONS = (
       *("training/test_loop.py", "two_and_two"),
     ),
     (
-      "training/checkpoint.py",
+      "run/checkpoint.py",
       'if found["progress"]["step"] != step:',
       "if False:",
-      *("training/test_checkpoint.py", "another_steps_name"),
+      *("run/test_checkpoint.py", "another_steps_name"),
     ),
     (
       "generation/job.py",
@@ -204,22 +204,22 @@ MUTATIONS = (
   *_of(
     "checkpoint integrity",
     (
-      "training/integrity.py",
+      "run/integrity.py",
       "if saved.get(name) != found[name]]",
       "if saved.get(name, found[name]) != found[name]][:0]",
-      *("training/test_integrity.py", "damage_is_named"),
+      *("run/test_integrity.py", "damage_is_named"),
     ),
     (
-      "training/integrity.py",
+      "run/integrity.py",
       "_murmur(bits ^ _murmur(c[0] + i)),",
       "_murmur(bits ^ _murmur(c[0])),",
-      *("training/test_integrity.py", "plain_integers"),
+      *("run/test_integrity.py", "plain_integers"),
     ),
     (
-      "training/storage.py",
+      "run/storage.py",
       "    integrity.compare(sums, read_sums)",
       "    pass",
-      *("training/test_checkpoint.py", "silently"),
+      *("run/test_checkpoint.py", "silently"),
     ),
   ),
   *_of(
@@ -255,7 +255,7 @@ MUTATIONS = (
       *("diffusion/test_adm.py", "bound_at_0 or bound_far_out"),
     ),
     (
-      "training/storage.py",
+      "run/storage.py",
       '  found = sorted(set(full) & set("*?["))',
       "  found = []",
       *("training/test_loop.py", "pattern"),

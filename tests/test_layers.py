@@ -14,7 +14,7 @@ PACKAGE = ROOT / "diffit_jax"
 # Anyone may use these.
 LEAVES = {
   *("__version__", "claim", "config_files", "environment", "errors"),
-  *("interrupt", "npz", "paths", "progress", "ranges", "stop"),
+  *("interrupt", "npz", "paths", "pictures", "progress", "ranges", "stop"),
 }
 # What each part may import of the others; entry points may import all.
 MAY_IMPORT = {
@@ -25,13 +25,13 @@ MAY_IMPORT = {
   "autoencoder": {"interop"},  # reads diffusers' files
   "sampling": {"diffusion"},
   "interop": {"models"},
+  "run": {"parallel"},
   "generation": {
-    *("models", "diffusion", "sampling", "parallel", "interop"),
-    "training",  # reads checkpoints
+    *("models", "diffusion", "sampling", "parallel", "interop", "run"),
   },
   "training": {
     *("models", "diffusion", "data", "autoencoder", "parallel", "interop"),
-    "sampling",  # pictures of sample grids
+    "run",
   },
   "planning": {"training", "models"},  # compiles its step, counts networks
   "evaluation": {
@@ -154,7 +154,7 @@ def test_training_sampling_and_export_never_import_tensorflow(tmp_path):
     "import diffit_jax.training.loop, diffit_jax.training.metrics as metrics;"
     f" writer = metrics.Writer('{tmp_path}'); writer.scalars(1, dict(a=1.0));"
     " import diffit_jax.generation.job, diffit_jax.generation.weights,"
-    " diffit_jax.interop.files, diffit_jax.training.checkpoint,"
+    " diffit_jax.interop.files, diffit_jax.run.checkpoint,"
     " diffit_jax.autoencoder.codec, diffit_jax.evaluation.job,"
     " diffit_jax.evaluation.measure, diffit_jax.evaluation.samples"
   )

@@ -11,8 +11,9 @@ import pytest
 
 from diffit_jax.diffusion import guidance, precond
 from diffit_jax.evaluation import metrics
+from diffit_jax.run import ema
 from diffit_jax.sampling import dpmpp_2m, edm_heun
-from diffit_jax.training import ema, optimizer
+from diffit_jax.training import optimizer
 
 SIGMA = np.geomspace(1e-3, 150, 60, dtype=np.float32)
 TIME = np.geomspace(1e-5, 1, 60, dtype=np.float32)

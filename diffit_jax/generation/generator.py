@@ -21,7 +21,7 @@ from diffit_jax.diffusion import guidance, precond
 from diffit_jax.environment import PRNG
 from diffit_jax.errors import UserError
 from diffit_jax.parallel.mesh import batch_sharding, place, replicated
-from diffit_jax.sampling.images import to_uint8
+from diffit_jax.pictures import to_uint8
 
 
 def _is_edm(config: Mapping) -> bool:

@@ -236,7 +236,7 @@ def describe(weights: Weights, seed: int, labels: str, codec) -> dict:
       "num_classes": weights.config.model.num_classes,
       "config_sha256": config_hash.hexdigest(),
       "source": weights.source,
-      "uint8_rule": "edm" if is_edm else "adm",  # of `sampling.images`
+      "uint8_rule": "edm" if is_edm else "adm",  # of `pictures`
       "vae_source": codec.source if codec else None,
       "jax": jax.__version__,
       "device": jax.devices()[0].device_kind,

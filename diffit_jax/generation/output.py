@@ -16,7 +16,7 @@ from absl import logging
 import numpy as np
 
 from diffit_jax.npz import Stream, write_npz
-from diffit_jax.sampling.images import page, write_png
+from diffit_jax.pictures import page, write_png
 
 _PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # width, height and type follow
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"

@@ -39,7 +39,7 @@ class Weights:
 
 def read_config(workdir: str | os.PathLike) -> config_dict.ConfigDict:
   """The resolved config that the run in `workdir` wrote."""
-  from diffit_jax.training.workdir import path_of
+  from diffit_jax.run.workdir import path_of
 
   path = path_of(workdir) / "config.json"
   if not path.is_file():
@@ -67,7 +67,7 @@ def from_workdir(
       parameters, and a number such as "0.08" the relative width of an average
       that is made from the snapshots, at the newest of them.
   """
-  from diffit_jax.training import checkpoint
+  from diffit_jax.run import checkpoint
 
   config = read_config(workdir)
   ema = ema or default_average(config)
@@ -110,7 +110,7 @@ def _shapes(config: config_dict.ConfigDict, mesh: Mesh):
 
 
 def _from_snapshots(workdir, mesh: Mesh, config, ema: str) -> Weights:
-  from diffit_jax.training import snapshots
+  from diffit_jax.run import snapshots
 
   try:
     width = float(ema)

@@ -17,7 +17,7 @@ import time
 from etils import epath
 import numpy as np
 
-from diffit_jax.training import buckets
+from diffit_jax.run import buckets
 
 INTERVAL = 300  # seconds between two objects
 

@@ -25,22 +25,19 @@ from diffit_jax.interop import files
 from diffit_jax.parallel import mesh as mesh_lib
 from diffit_jax.parallel import runtime
 from diffit_jax.progress import Progress
+from diffit_jax.run import ema, state, storage, workdir
+from diffit_jax.run.checkpoint import Checkpoints, list_steps
+from diffit_jax.run.snapshots import Snapshots
 from diffit_jax.stop import StopRequest
 from diffit_jax.training import (
   attention_probe,
-  ema,
   metrics,
   optimizer,
   source,
-  state,
-  storage,
   timing,
-  workdir,
 )
 from diffit_jax.training import program as program_lib
-from diffit_jax.training.checkpoint import Checkpoints, list_steps
 from diffit_jax.training.report import overview
-from diffit_jax.training.snapshots import Snapshots
 from diffit_jax.training.watchdog import Watchdog
 
 # (EMA parameters of the run) -> uint8 [n, h, w, c] images for the grid.

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from diffit_jax import progress
-from diffit_jax.sampling.images import page
-from diffit_jax.training import events, workdir
+from diffit_jax.pictures import page
+from diffit_jax.run import workdir
+from diffit_jax.training import events
 
 # What the console calls the parts of `timing`.
 _WAITS = {"data_wait": "data", "checkpoint": "saves"}

@@ -16,15 +16,16 @@ from diffit_jax.environment import PRNG
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import mesh as mesh_lib
 from diffit_jax.parallel import sharding
-from diffit_jax.training import attention_probe, cost, ema, objective, step
-from diffit_jax.training.checkpoint import BEST_BY
-from diffit_jax.training.optimizer import make_optimizer
-from diffit_jax.training.state import (
+from diffit_jax.run import ema
+from diffit_jax.run.checkpoint import BEST_BY
+from diffit_jax.run.state import (
   TrainState,
   abstract_monitor,
   abstract_state,
   make_init,
 )
+from diffit_jax.training import attention_probe, cost, objective, step
+from diffit_jax.training.optimizer import make_optimizer
 
 # Fields of config.diffusion that only one kind reads.
 DIFFUSIONS = {

@@ -11,9 +11,9 @@ import optax
 from diffit_jax.environment import PRNG
 from diffit_jax.parallel.mesh import AXES, batch_sharding, replicated
 from diffit_jax.parallel.sharding import tree_sharding
-from diffit_jax.training import ema as ema_lib
+from diffit_jax.run import ema as ema_lib
+from diffit_jax.run.state import Monitor, TrainState
 from diffit_jax.training.objective import Loss
-from diffit_jax.training.state import Monitor, TrainState
 
 
 def make_step(

@@ -14,7 +14,7 @@ import jax
 
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import runtime
-from diffit_jax.training import workdir
+from diffit_jax.run import workdir
 
 PARTS = ("data_wait", "checkpoint")
 

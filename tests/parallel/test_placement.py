@@ -14,7 +14,8 @@ from configs import digits, digits_latent
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import mesh as mesh_lib
 from diffit_jax.parallel import sharding
-from diffit_jax.training import objective, state, step
+from diffit_jax.run import state
+from diffit_jax.training import objective, step
 from diffit_jax.training import program as program_lib
 
 CONFIGS = {"digits": digits, "digits_latent": digits_latent}

@@ -12,8 +12,8 @@ from diffit_jax.errors import UserError
 from diffit_jax.models import latent
 from diffit_jax.parallel import mesh as mesh_lib
 from diffit_jax.parallel import sharding
+from diffit_jax.run import state
 from diffit_jax.training import program as program_lib
-from diffit_jax.training import state
 
 
 @pytest.mark.parametrize(

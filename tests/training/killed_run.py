@@ -13,7 +13,8 @@ import sys
 import time
 
 from configs import digits
-from diffit_jax.training import checkpoint, loop
+from diffit_jax.run import checkpoint
+from diffit_jax.training import loop
 from two_processes import Notes
 
 

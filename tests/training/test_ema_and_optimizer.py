@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from diffit_jax.errors import UserError
-from diffit_jax.training import ema, optimizer
+from diffit_jax.run import ema
+from diffit_jax.training import optimizer
 
 EDM_EMA = dict(kind="halflife", halflife_images=500_000, rampup_ratio=0.05)
 ADAM = dict(

@@ -13,9 +13,9 @@ from diffit_jax.errors import UserError
 from diffit_jax.generation import generator
 from diffit_jax.parallel import mesh
 from diffit_jax.planning import listing
+from diffit_jax.run import state as state_lib
 from diffit_jax.training import program as program_lib
 from diffit_jax.training import report
-from diffit_jax.training import state as state_lib
 
 NAMES = sorted({row[3] for row in EXPERIMENTS})
 # Parameters known from elsewhere, or from the network's own formula.

@@ -14,7 +14,7 @@ import pytest
 
 from commands import FAST_COMPILE, PYTHON_PATH, ROOT, start_python
 from configs import digits
-from diffit_jax.training import checkpoint
+from diffit_jax.run import checkpoint
 from diffit_jax.training import program as program_lib
 from training import long_run
 

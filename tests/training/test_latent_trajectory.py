@@ -20,7 +20,7 @@ from diffit_jax.interop import official
 from diffit_jax.models import latent
 from diffit_jax.models.latent import LatentDiffiT
 from diffit_jax.parallel import mesh as mesh_lib
-from diffit_jax.training import state as state_lib
+from diffit_jax.run import state as state_lib
 from diffit_jax.training import step as step_lib
 from diffit_jax.training.optimizer import make_optimizer
 from goldens import hfill

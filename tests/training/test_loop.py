@@ -17,7 +17,8 @@ from diffit_jax.data import pipeline
 from diffit_jax.errors import UserError
 from diffit_jax.generation.generator import make_grid_sampler
 from diffit_jax.parallel import mesh as mesh_lib
-from diffit_jax.training import checkpoint, loop, state
+from diffit_jax.run import checkpoint, state
+from diffit_jax.training import loop
 from diffit_jax.training import program as program_lib
 
 PID = os.getpid()

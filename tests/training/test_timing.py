@@ -9,7 +9,8 @@ import time
 import pytest
 
 from diffit_jax.errors import UserError
-from diffit_jax.training import loop, timing, workdir
+from diffit_jax.run import workdir
+from diffit_jax.training import loop, timing
 import two_processes
 
 

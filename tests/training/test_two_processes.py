@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from comparison import assert_same_network
-from diffit_jax.training import checkpoint
+from diffit_jax.run import checkpoint
 from diffit_jax.training import program as program_lib
 import two_processes as driver
 

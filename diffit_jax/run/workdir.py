@@ -9,8 +9,8 @@ from etils import epath
 from ml_collections import config_dict
 
 from diffit_jax.errors import UserError
-from diffit_jax.training import buckets
-from diffit_jax.training.checkpoint import list_steps
+from diffit_jax.run import buckets
+from diffit_jax.run.checkpoint import list_steps
 
 # What decides a run's numbers. Mesh, logging, intervals, sampler and total
 # steps may change from one start to the next.

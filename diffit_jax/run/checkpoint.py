@@ -21,8 +21,8 @@ from orbax.checkpoint import checkpoint_managers as orbax_policies
 
 from diffit_jax.errors import UserError
 from diffit_jax.parallel.mesh import place
-from diffit_jax.training import storage
-from diffit_jax.training.state import TrainState
+from diffit_jax.run import storage
+from diffit_jax.run.state import TrainState
 
 _TREES = ("params", "opt_state", "ema")
 _FOLDER = "checkpoints"

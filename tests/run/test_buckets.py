@@ -15,8 +15,9 @@ import pytest
 from configs import digits
 from diffit_jax.errors import UserError
 from diffit_jax.generation import weights
-from diffit_jax.sampling.images import page
-from diffit_jax.training import events, metrics, timing, workdir
+from diffit_jax.pictures import page
+from diffit_jax.run import workdir
+from diffit_jax.training import events, metrics, timing
 import tensorboard_files
 
 

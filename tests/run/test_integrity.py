@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffit_jax.parallel.mesh import make_mesh
-from diffit_jax.training import integrity
+from diffit_jax.run import integrity
 
 WORD = 1 << 32
 

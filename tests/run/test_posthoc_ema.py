@@ -10,8 +10,9 @@ from configs import digits
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import sharding
 from diffit_jax.parallel.mesh import make_mesh
-from diffit_jax.training import ema, posthoc, program, snapshots, storage
-from diffit_jax.training.posthoc import Profile
+from diffit_jax.run import ema, posthoc, snapshots, storage
+from diffit_jax.run.posthoc import Profile
+from diffit_jax.training import program
 
 WIDTHS = (0.05, 0.10)
 

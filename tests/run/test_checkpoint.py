@@ -20,8 +20,9 @@ from diffit_jax.errors import UserError
 from diffit_jax.interop import native
 from diffit_jax.parallel import sharding
 from diffit_jax.parallel.mesh import make_mesh
-from diffit_jax.training import checkpoint, loop, program, storage
-from diffit_jax.training.state import TrainState, replace_params
+from diffit_jax.run import checkpoint, storage
+from diffit_jax.run.state import TrainState, replace_params
+from diffit_jax.training import loop, program
 import two_processes
 
 # Orbax drops its other reads when one of them fails, which warn as they go.
@@ -345,7 +346,7 @@ def test_checking_does_nothing_where_nothing_is_saved(saved, monkeypatch):
 def test_replicated_sums_are_read_by_every_process():
   """The sums' sharding leaves a whole copy on each device."""
   mesh = make_mesh(2, 4)
-  from diffit_jax.training import integrity
+  from diffit_jax.run import integrity
 
   x = jax.device_put(
     np.ones((8, 8), np.float32), NamedSharding(mesh, PartitionSpec("fsdp"))

@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import runtime
-from diffit_jax.training import buckets, integrity
+from diffit_jax.run import buckets, integrity
 
 T = TypeVar("T")
 _SUMS = "checksums"

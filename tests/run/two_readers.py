@@ -15,7 +15,7 @@ from test_checkpoint import abstract_on, flip, largest_file, state_at
 
 from diffit_jax.parallel import runtime
 from diffit_jax.parallel.mesh import make_mesh
-from diffit_jax.training import checkpoint, integrity, storage
+from diffit_jax.run import checkpoint, integrity, storage
 
 
 def on_mesh(step: int, mesh):

@@ -24,7 +24,7 @@ from orbax.checkpoint import checkpoint_managers as orbax_policies
 
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import runtime
-from diffit_jax.training import ema, posthoc, storage, workdir
+from diffit_jax.run import ema, posthoc, storage, workdir
 
 _FOLDER = "snapshots"
 _FEW = 8  # snapshots of a run: below, a warning is due

@@ -26,7 +26,7 @@ import dataclasses
 
 import numpy as np
 
-from diffit_jax.training.ema import gamma_of
+from diffit_jax.run.ema import gamma_of
 
 
 @dataclasses.dataclass(frozen=True)
