@@ -21,7 +21,7 @@ from benchmarks import report
 from diffit_jax import cli
 from diffit_jax.data import preparation
 from diffit_jax.data.builders import digits
-from diffit_jax.training import loop
+from diffit_jax.training import actions, loop, source
 
 _CONFIG = flags.DEFINE_string("config", "digits", "File of configs/.")
 _STEPS = flags.DEFINE_integer("steps", 400, "Steps to train.", 2)
@@ -60,32 +60,29 @@ def measure(name: str, steps: int, every: int, data_dir: str | None) -> dict:
   clock = Clock()
   saved = []
 
-  real_save = loop._Run._save
+  real_save = actions.Actions.save
 
-  def save(run):
-    jax.block_until_ready(run.state)  # the steps' time, not the checkpoint's
-    clock.timed("checkpoint", real_save)(run)
-    saved.append(run.step)
+  def save(self, now):
+    jax.block_until_ready(now.state)  # the steps' time, not the checkpoint's
+    clock.timed("checkpoint", real_save)(self, now)
+    saved.append(now.step)
     if clock.start is None:  # the first save compiled its checksums
       clock.start = time.monotonic()
-      clock.first_step = run.step
+      clock.first_step = now.step
 
-  real_ahead = loop.mesh_lib.put_ahead
-
-  def put_ahead(*args):
-    batches = real_ahead(*args)
+  def make_batches(*args):
+    batches = source.make_batches(*args)
     while True:
-      try:
-        yield clock.timed("data", next)(batches)
-      except StopIteration:
-        return
+      yield clock.timed("data", next)(batches)
 
-  loop._Run._save, loop.mesh_lib.put_ahead = save, put_ahead
+  actions.Actions.save = save
   with tempfile.TemporaryDirectory() as folder:
     if data_dir is None:
       data_dir = f"{folder}/data"
       preparation.prepare(**digits.recipe(), data_dir=data_dir)
-    assert loop.train(config, f"{folder}/run", data_dir)
+    assert loop.train(
+      config, f"{folder}/run", data_dir, make_batches=make_batches
+    )
   total = time.monotonic() - clock.start
   timed, num_saves = steps - clock.first_step, len(saved) - 1
   save_seconds = sum(clock.seconds["checkpoint"])

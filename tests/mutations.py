@@ -93,8 +93,8 @@ MUTATIONS = (
   *_of(
     "resume and kill",
     (
-      "training/loop.py",
-      "start_index=self.step * config.batch_size,",
+      "training/source.py",
+      "start_index=first_step * config.batch_size,",
       "start_index=0,",
       *("training/test_loop.py", "two_and_two"),
     ),

@@ -14,7 +14,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.evaluation import sweep
 from diffit_jax.generation.generator import SamplerOptions
 from diffit_jax.models import NETWORKS
-from diffit_jax.training import program
+from diffit_jax.training import checks
 
 FOLDER = pathlib.Path(common.__file__).parent
 NOT_CONFIGS = ("__init__", "common", "experiments")
@@ -114,7 +114,7 @@ def test_what_stood_in_the_reports():
     with config.ignore_type():
       config.update_from_flattened_dict({path: value})
     with pytest.raises(UserError) as error:
-      program.check_consistent(config)
+      checks.check_consistent(config)
     assert f"config.{path}={value} must be {rest}" in str(error.value)
   config = digits.get_config("debug")
   config.model.channel_mult = (1, 0)

@@ -19,7 +19,6 @@ import signal
 import socket
 import sys
 import time
-from unittest import mock
 
 import jax
 
@@ -97,27 +96,30 @@ def train(
   **kwargs,
 ):
   """`loop.train` with notes; `befall(step)` runs before batch `step` is put."""
-  from diffit_jax.training import loop
+  from diffit_jax.training import loop, source
 
   notes = []
-  real_put = loop.mesh_lib.put_batch
-
-  def put_batch(mesh, batch):
-    step = int(batch["index"].min()) // BATCH
-    notes[0].note(batch=step, index=batch["index"].tolist())
-    if befall is not None:
-      befall(step)
-    return real_put(mesh, batch)
 
   def make_notes(directory):
     notes.append(Notes(directory))
     return notes[0]
 
-  with (
-    mock.patch.object(loop.metrics, "Writer", make_notes),
-    mock.patch.object(loop.mesh_lib, "put_batch", put_batch),
-  ):
-    return loop.train(config or get_config(), workdir, data_dir, **kwargs)
+  def make_batches(*args):
+    for batch in source.make_batches(*args):
+      step = int(batch["index"].min()) // BATCH
+      notes[0].note(batch=step, index=batch["index"].tolist())
+      if befall is not None:
+        befall(step)
+      yield batch
+
+  return loop.train(
+    config or get_config(),
+    workdir,
+    data_dir,
+    make_writer=make_notes,
+    make_batches=make_batches,
+    **kwargs,
+  )
 
 
 def main(workdir, data_dir, coordinator, num, process, fate="", at="-1"):

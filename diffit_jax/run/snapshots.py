@@ -46,17 +46,16 @@ class Snapshots:
     Raises:
       UserError: the folder holds another run's.
     """
-    self._every, self._total = config.snapshot_every_steps, config.total_steps
-    self._folder = None
-    if not self._every:
+    every, self._folder = config.snapshot_every_steps, None
+    if not every:
       return
     self._averages = ema.power_averages(config.ema)
-    if self._total < _FEW * self._every:
+    if config.total_steps < _FEW * every:
       logging.warning(
         "snapshot_every_steps=%d makes few snapshots of %d steps: widths other"
         " than those stored will be far off (docs/ema.md)",
-        self._every,
-        self._total,
+        every,
+        config.total_steps,
       )
     self._run = _fingerprint(config)
     folder = storage.absolute(directory) / _FOLDER
@@ -73,22 +72,20 @@ class Snapshots:
           " folder, or use another --workdir"
         )
 
-  def is_due(self, step: int) -> bool:
-    """Whether the averages of this step are to be stored."""
-    if not self._every or step == 0:
-      return False
-    return step % self._every == 0 or step == self._total
+  def has(self, step: int) -> bool:
+    """Whether a step is stored; all processes call it together."""
+    return self._folder is None or step in self._folder.steps()
 
   def save(self, step: int, averages: Mapping) -> None:
-    """Starts saving the power-function ones among `averages`, where due.
+    """Starts saving the power-function ones among `averages`.
 
-    Does nothing where the step is already there.
+    Does nothing where the step is already there, or the run wants none.
 
     Args:
       step: steps taken.
       averages: {name: tree}, as in the train state.
     """
-    if not self.is_due(step):
+    if self._folder is None:
       return
     trees = {name: averages[name] for name in self._averages}
     self._folder.save(

@@ -90,13 +90,43 @@ def is_encoding(config: config_dict.ConfigDict) -> bool:
   return config.data.content == "images"
 
 
-def make_encoder(codec: Codec, mesh: Mesh) -> Encoder:
-  """Jits batches with "image" [b, H, W, ch] uint8 into batches with "moments".
+def make_batches(
+  dataset: pipeline.Dataset, config: config_dict.ConfigDict, first_step: int
+) -> pipeline.Pipeline:
+  """The batches of this process from a step on.
 
   Args:
-    codec: its weights are copied to every device once.
-    mesh: the batch is split over all of it.
+    dataset: the open data set.
+    config: the resolved config.
+    first_step: number of steps taken before the first batch.
   """
+  return pipeline.Pipeline(
+    dataset,
+    global_batch_size=config.batch_size,
+    seed=config.seed,
+    start_index=first_step * config.batch_size,
+    flip=config.data.flip,
+    shard_index=jax.process_index(),
+    num_shards=jax.process_count(),
+    num_threads=config.num_threads,
+  )
+
+
+def make_encoder(
+  config: config_dict.ConfigDict, codec: Codec | None, mesh: Mesh
+) -> Encoder:
+  """What a batch goes through on the devices before the step.
+
+  Where the config encodes on the fly, "image" [b, H, W, ch] uint8 becomes
+  "moments"; else nothing is done.
+
+  Args:
+    config: the resolved config.
+    codec: the autoencoder; its weights are copied to every device once.
+    mesh: the devices, over which the batch is split.
+  """
+  if not is_encoding(config):
+    return lambda batch: batch
   whole, split = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
   params = jax.device_put(codec.params, whole)
 

@@ -22,7 +22,7 @@ from diffit_jax.parallel import sharding
 from diffit_jax.parallel.mesh import make_mesh
 from diffit_jax.run import checkpoint, storage
 from diffit_jax.run.state import TrainState, replace_params
-from diffit_jax.training import loop, program
+from diffit_jax.training import checks, loop, program
 import two_processes
 
 # Orbax drops its other reads when one of them fails, which warn as they go.
@@ -281,9 +281,9 @@ def test_unknown_metrics_are_refused_before_training():
   config = digits.get_config("debug")
   config.keep_best_by = "fid"
   with pytest.raises(UserError, match=r"keep_best_by='fid': use one of \['gr"):
-    program.check_consistent(config)
+    checks.check_consistent(config)
   config.keep_best_by = "loss"
-  program.check_consistent(config)
+  checks.check_consistent(config)
 
 
 def test_the_loop_keeps_the_best_by_its_own_loss(data_dir, tmp_path):

@@ -14,7 +14,7 @@ import time
 
 from configs import digits
 from diffit_jax.run import checkpoint
-from diffit_jax.training import loop
+from diffit_jax.training import loop, source
 from two_processes import Notes
 
 
@@ -27,18 +27,15 @@ def main(workdir: str, data_dir: str, mode: str, at: int) -> None:
   config.total_steps, config.save_every_steps = 6, 2
   config.log_every_steps, config.sample_every_steps = 6, 0
 
-  real_put = loop.mesh_lib.put_batch
-  first = min(checkpoint.list_steps(workdir)[-1:] or [0])
-  dispatched = [first]
-
-  def put_batch(mesh, batch):
-    if mode == "step" and dispatched[0] == at + 1:  # one batch is put ahead
-      saved = pathlib.Path(workdir) / "checkpoints" / str(at - 1)
-      while not saved.exists():  # it is saved in the background
-        time.sleep(0.01)
-      die()
-    dispatched[0] += 1
-    return real_put(mesh, batch)
+  def make_batches(dataset, config, first_step):
+    batches = source.make_batches(dataset, config, first_step)
+    for number, batch in enumerate(batches, first_step):
+      if mode == "step" and number == at + 1:  # one batch is put ahead
+        saved = pathlib.Path(workdir) / "checkpoints" / str(at - 1)
+        while not saved.exists():  # it is saved in the background
+          time.sleep(0.01)
+        die()
+      yield batch
 
   real_save = checkpoint.Checkpoints.save
 
@@ -51,10 +48,9 @@ def main(workdir: str, data_dir: str, mode: str, at: int) -> None:
         time.sleep(0.0005)
       die()
 
-  loop.metrics.Writer = Notes
-  loop.mesh_lib.put_batch = put_batch
   checkpoint.Checkpoints.save = save
-  assert loop.train(config, workdir, data_dir)
+  hooks = {"make_writer": Notes, "make_batches": make_batches}
+  assert loop.train(config, workdir, data_dir, **hooks)
 
 
 if __name__ == "__main__":

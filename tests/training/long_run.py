@@ -12,7 +12,7 @@ import time
 
 from configs import digits
 from diffit_jax.generation.generator import make_grid_sampler
-from diffit_jax.training import loop
+from diffit_jax.training import loop, source
 
 TOTAL, SAVE, SAMPLE, SNAPSHOT = 120, 3, 5, 8
 
@@ -29,12 +29,12 @@ def main(workdir: str, data_dir: str, phase_file: str) -> None:
   file = os.open(phase_file, os.O_CREAT | os.O_WRONLY)
   enter = lambda phase: os.pwrite(file, f"{phase:8}".encode(), 0)
   enter("start")
-  real_put = loop.mesh_lib.put_batch
 
-  def put_batch(mesh, batch):
-    enter("step")
-    time.sleep(0.1)
-    return real_put(mesh, batch)
+  def make_batches(*args):
+    for batch in source.make_batches(*args):
+      enter("step")
+      time.sleep(0.1)
+      yield batch
 
   def make_sampler(*args):
     sampler = make_grid_sampler(*args)
@@ -48,8 +48,9 @@ def main(workdir: str, data_dir: str, phase_file: str) -> None:
 
     return sample
 
-  loop.mesh_lib.put_batch = put_batch
-  assert loop.train(make_config(), workdir, data_dir, make_sampler)
+  assert loop.train(
+    make_config(), workdir, data_dir, make_sampler, make_batches=make_batches
+  )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from configs import (
 from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.models.attention import attend
-from diffit_jax.training import attention_probe
+from diffit_jax.training import attention_probe, checks
 from diffit_jax.training import program as program_lib
 
 
@@ -143,7 +143,7 @@ def test_cudnn_is_refused_where_a_model_does_not_have_it(config):
   )
   for refuse in (
     lambda: attention_probe.check_config(config, "gpu"),
-    lambda: program_lib.check_consistent(config),
+    lambda: checks.check_consistent(config),
     lambda: models.make_model(config.model),
   ):
     with pytest.raises(UserError, match=message):

@@ -18,7 +18,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.generation.generator import make_grid_sampler
 from diffit_jax.parallel import mesh as mesh_lib
 from diffit_jax.run import checkpoint, state
-from diffit_jax.training import loop
+from diffit_jax.training import actions, loop, source
 from diffit_jax.training import program as program_lib
 
 PID = os.getpid()
@@ -92,23 +92,26 @@ def test_a_finished_run_is_left_alone(copy, data_dir):
 
 
 def test_stop_request_saves_and_the_run_goes_on_to_the_same_bits(
-  reference, data_dir, tmp_path, monkeypatch
+  reference, data_dir, tmp_path
 ):
   """SIGTERM in the middle of step 3, which no interval would have saved."""
   import os
   import signal
 
-  real = loop.mesh_lib.put_batch
-  calls = []
 
-  def put_batch(*args):
-    calls.append(None)
-    if len(calls) == 4:  # one batch is put ahead of the step
-      os.kill(os.getpid(), signal.SIGTERM)
-    return real(*args)
+  def make_batches(*args):
+    for number, batch in enumerate(source.make_batches(*args), 1):
+      if number == 4:  # one batch is put ahead of the step
+        os.kill(os.getpid(), signal.SIGTERM)
+      yield batch
 
-  monkeypatch.setattr(loop.mesh_lib, "put_batch", put_batch)
-  assert not loop.train(small(), tmp_path, data_dir, devices=one_device())
+  assert not loop.train(
+    small(),
+    tmp_path,
+    data_dir,
+    devices=one_device(),
+    make_batches=make_batches,
+  )
   assert checkpoint.list_steps(tmp_path) == [2, 3]
   assert loop.train(small(), tmp_path, data_dir, devices=one_device())
   assert_equal_states(
@@ -229,7 +232,7 @@ def test_a_sharded_run_draws_grids_and_traces_its_step_once(
     programs.append(real(*args))
     return programs[-1]
 
-  monkeypatch.setattr(loop.program_lib, "build", build)
+  monkeypatch.setattr(program_lib, "build", build)
   config = small(sample_every_steps=2)
   config.mesh.fsdp = 2
   two = jax.devices()[:2]
@@ -383,19 +386,13 @@ def test_no_value_is_fetched_between_logging_points(
   seen = []
   real = program_lib.build
   monkeypatch.setattr(
-    loop.program_lib,
+    program_lib,
     "build",
     lambda *args: program_lib.dataclasses.replace(
       real(*args), train_step=fake_step
     ),
   )
-  real_init = loop._Run.__init__
-
-  def init(self, *args):
-    real_init(self, *args)
-    self.param_norm = lambda tree: tree["w"]._touch()
-
-  monkeypatch.setattr(loop._Run, "__init__", init)
+  monkeypatch.setattr(actions, "_param_norm", lambda tree: tree["w"]._touch())
   monkeypatch.setattr(
     checkpoint.Checkpoints, "save", lambda self, step, now, *_: leaf._touch()
   )

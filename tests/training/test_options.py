@@ -9,7 +9,7 @@ import pytest
 from configs import cifar10, cifar10_song, digits, imagenet256
 from diffit_jax import models
 from diffit_jax.errors import UserError
-from diffit_jax.training import program
+from diffit_jax.training import checks
 
 NETWORKS = models.NETWORKS["edm"] | models.NETWORKS["adm"]
 CONFIGS = {
@@ -32,7 +32,7 @@ EVERY_FIELD = sorted(set().union(*map(fields_of, NETWORKS)) - {"name"})
 def test_every_field_is_the_models_or_is_refused_by_name(name):
   """All pairs of a model and a field that any model has."""
   config = CONFIGS[name]()
-  program.check_consistent(config)
+  checks.check_consistent(config)
   for field in EVERY_FIELD:
     if field in fields_of(name) or field in config.model:
       continue
@@ -41,7 +41,7 @@ def test_every_field_is_the_models_or_is_refused_by_name(name):
     changed.model[field] = getattr(NETWORKS[having[0]], field)
     message = f"^{name} has no field model.{field}: only .*{having[-1]} ha"
     with pytest.raises(UserError, match=message):
-      program.check_consistent(changed)
+      checks.check_consistent(changed)
 
 
 def set_field(config, path, value):
@@ -88,7 +88,7 @@ def test_what_goes_with_another_kind_is_refused(name, path, value, message):
   config = CONFIGS[name]()
   set_field(config, path, value)
   with pytest.raises(UserError, match=message):
-    program.check_consistent(config)
+    checks.check_consistent(config)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from diffit_jax.errors import UserError
-from diffit_jax.run import workdir
-from diffit_jax.training import loop, timing
+from diffit_jax.run import checkpoint, workdir
+from diffit_jax.training import program, timing
 import two_processes
 
 
@@ -137,26 +137,21 @@ def test_a_failed_save_in_the_background_stops_the_run_at_the_next_step(
   config = two_processes.get_config()
   config.total_steps = config.save_every_steps = 100
   config.log_every_steps = 100
-  build = loop.program_lib.build
+  build = program.build
   skip = lambda state, monitor, batch: (state, monitor)
   monkeypatch.setattr(
-    loop.program_lib,
+    program,
     "build",
     lambda *args: dataclasses.replace(build(*args), train_step=skip),
   )
   checks = []
 
-  class Checkpoints(loop.Checkpoints):
-    def __init__(self, *args, **kwargs):
-      super().__init__(*args, **kwargs)
-      self.check = self._check
+  def check(_):
+    checks.append(None)
+    if len(checks) == 3:
+      raise UserError("saving checkpoint 2 failed")
 
-    def _check(self):
-      checks.append(None)
-      if len(checks) == 3:
-        raise UserError("saving checkpoint 2 failed")
-
-  monkeypatch.setattr(loop, "Checkpoints", Checkpoints)
+  monkeypatch.setattr(checkpoint.Checkpoints, "check", check)
   with pytest.raises(UserError, match="saving checkpoint 2 failed"):
     two_processes.train(tmp_path, data_dir, config=config)
   assert len(checks) == 3
