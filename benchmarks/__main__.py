@@ -8,7 +8,6 @@ is replaced once every program has succeeded.
 """
 
 import ast
-import os
 import pathlib
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import time
 from absl import app, flags
 
 from benchmarks.report import ROOT
-from diffit_jax import cli
+from diffit_jax import cli, whole
 
 PROGRAMS = (
   "train_step",
@@ -80,9 +79,8 @@ def main(_) -> None:
   new = {name: run(name) for name in _ONLY.value or PROGRAMS}
   texts = {**old, **new}
   page = f"\n{MARK}".join([HEAD, *(texts[n] for n in PROGRAMS if n in texts)])
-  partial = out.with_suffix(".partial")
-  partial.write_text(page)
-  os.replace(partial, out)
+  with whole.writing(out) as partial:
+    partial.write_text(page)
 
 
 if __name__ == "__main__":

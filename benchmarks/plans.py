@@ -9,13 +9,13 @@ import datetime
 import hashlib
 import importlib
 import json
-import os
 import pathlib
 import resource
 import subprocess
 import sys
 
 from benchmarks import report
+from diffit_jax import whole
 
 FILE = report.ROOT / "docs" / "plans.json"
 
@@ -141,10 +141,9 @@ class Kept:
     found = self.find(case)
     if found is None:
       found = self._plans[case.key] = make(case)
-      partial = self._path.with_suffix(".partial")
       text = json.dumps(self._plans, indent=1, sort_keys=True)
-      partial.write_text(text + "\n")
-      os.replace(partial, self._path)
+      with whole.writing(self._path) as partial:
+        partial.write_text(text + "\n")
     return found
 
 

@@ -30,8 +30,9 @@ import numpy as np
 
 from benchmarks import replication_report as report
 from configs import digits
-from diffit_jax import cli
+from diffit_jax import cli, whole
 from diffit_jax.errors import UserError
+from diffit_jax.stop import Stopped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +84,14 @@ class Settings:
 
 def main() -> int:
   given = flags.FLAGS
-  is_done = run_all(
+  run_all(
     choose(given.only),
     given.seeds,
     Settings(given.steps, given.num, given.debug),
     pathlib.Path(given.out),
     given.max_runs,
   )
-  return 0 if is_done else cli.REQUEUE
+  return 0
 
 
 def choose(names: Sequence[str]) -> list[Variant]:
@@ -108,20 +109,28 @@ def run_all(
   settings: Settings,
   out: pathlib.Path,
   max_runs: int | None = None,
-) -> bool:
-  """Makes what is missing, and the report; whether nothing is missing."""
+) -> None:
+  """Makes what is missing, and the report.
+
+  Raises:
+    Stopped: some is missing still, as where SIGTERM came.
+  """
   made, stopped, runs = 0, False, []
   for seed in range(seeds):
     for variant in chosen:
       path = out / "runs" / f"{variant.name}-{seed}.json"
       if not path.exists() and not stopped and made != max_runs:
-        stopped = not run(variant, seed, settings, path)
+        try:
+          run(variant, seed, settings, path)
+        except Stopped:
+          stopped = True
         made += 1
       if path.exists():
         runs.append(read(path, settings))
   if runs:
     report.write(runs, out, VARIANTS)
-  return len(runs) == seeds * len(chosen)
+  if len(runs) < seeds * len(chosen):
+    raise Stopped
 
 
 def read(path: pathlib.Path, settings: Settings) -> dict:
@@ -155,8 +164,8 @@ def make_config(variant: Variant, seed: int, settings: Settings):
 
 def run(
   variant: Variant, seed: int, settings: Settings, path: pathlib.Path
-) -> bool:
-  """Trains and scores one run into `path`; False where SIGTERM came first."""
+) -> None:
+  """Trains and scores one run into `path`, or raises Stopped."""
   from benchmarks.report import machine
   from diffit_jax.data import preparation
   from diffit_jax.data.builders import digits as builder
@@ -167,8 +176,7 @@ def run(
   workdir = path.with_suffix("")
   data_dir = os.environ.get("TFDS_DATA_DIR") or str(path.parent.parent / "data")
   preparation.prepare(**builder.recipe(), data_dir=data_dir)
-  if not train(config, workdir, data_dir):
-    return False
+  train(config, workdir, data_dir)
   train_seconds = time.monotonic() - start
   found = {
     "variant": variant.name,
@@ -181,15 +189,13 @@ def run(
     "seconds": round(time.monotonic() - start, 1),
     "machine": machine(),
   }
-  partial = path.with_name(f"{path.name}.partial")
-  partial.write_text(json.dumps(found, indent=2) + "\n")
-  os.replace(partial, path)
+  with whole.writing(path) as partial:
+    partial.write_text(json.dumps(found, indent=2) + "\n")
   print(
     f"{path.stem}: {', '.join(f'{k} {found[k]:.3f}' for k in report.SCORES)}"
     f" ({found['seconds']:.0f} s)",
     flush=True,
   )
-  return True
 
 
 def score(

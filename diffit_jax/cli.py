@@ -17,6 +17,7 @@ from ml_collections import config_dict
 
 from diffit_jax import config_files, environment, interrupt, paths, ranges
 from diffit_jax.errors import UserError
+from diffit_jax.stop import Stopped
 
 REQUEUE = 75
 # Objects made since the last collection. Tracing a network makes very many that
@@ -103,6 +104,8 @@ def _guard(
         " --name=value"
       )
     return main(*arguments) or 0
+  except Stopped:
+    return REQUEUE
   except UserError as error:
     message, code = str(error), 1
   except KeyboardInterrupt:

@@ -49,8 +49,6 @@ def main() -> int:
   if _FRESH.value:
     _forget(workdir)
   train_seconds = _train(config, workdir)
-  if train_seconds is None:
-    return cli.REQUEUE
 
   from diffit_jax.autoencoder.codec import make_codec
   from diffit_jax.generation import job, weights
@@ -60,8 +58,6 @@ def main() -> int:
   loaded = weights.from_workdir(workdir, mesh)
   if loaded.step < config.total_steps:  # the last checkpoint is damaged
     train_seconds = _train(config, workdir, is_finished=False)
-    if train_seconds is None:
-      return cli.REQUEUE
     loaded = weights.from_workdir(workdir, mesh)
   shutil.rmtree(workdir / "demo", ignore_errors=True)
   result = job.sample_to_folder(
@@ -69,8 +65,6 @@ def main() -> int:
       batch_size=100,
     codec=make_codec(loaded.config),
   )  # fmt: skip
-  if result is None:
-    return cli.REQUEUE
   with np.load(result.npz, allow_pickle=False) as samples:
     recognised, recognised_real = score(samples["arr_0"], samples["arr_1"])
   found, real = frechet_distances(result.npz.parent, mesh)
@@ -100,7 +94,7 @@ def main() -> int:
 
 def _train(
   config, workdir: pathlib.Path, is_finished: bool | None = None
-) -> float | None:
+) -> float:
   """Trains where the run is not finished; seconds of all its training.
 
   Args:
@@ -127,10 +121,12 @@ def _train(
   data_dir = os.environ.get("TFDS_DATA_DIR") or str(workdir.parent / "data")
   preparation.prepare(**digits.recipe(), data_dir=data_dir)
   start = time.monotonic()
-  finished = train(config, workdir, data_dir, make_grid_sampler)
-  spent += time.monotonic() - start
-  workdir_lib.write_whole(clock, json.dumps(spent).encode())
-  return spent if finished else None
+  try:
+    train(config, workdir, data_dir, make_grid_sampler)
+  finally:
+    spent += time.monotonic() - start
+    workdir_lib.write_whole(clock, json.dumps(spent).encode())
+  return spent
 
 
 def _read_seconds(clock: pathlib.Path) -> float:

@@ -112,17 +112,13 @@ def main(*files: str) -> int:
       "--build_reference writes Inception's statistics: with --features="
       f"{_FEATURES.value} give the images themselves as --reference"
     )
-  from diffit_jax.evaluation.collector import Stopped
   from diffit_jax.parallel import runtime
   from diffit_jax.stop import StopRequest
 
   with _RUNTIME.joined():
     with StopRequest(runtime.preemption_notice()) as stop:
       stop.begin(0)
-      try:
-        return _build_reference(stop) if _BUILD.value else _evaluate(stop)
-      except Stopped:
-        return cli.REQUEUE
+      return _build_reference(stop) if _BUILD.value else _evaluate(stop)
 
 
 def _check_flags() -> None:
@@ -274,7 +270,6 @@ def _network(mesh, field: str | None):
   from diffit_jax import models
   from diffit_jax.autoencoder.codec import make_codec
   from diffit_jax.evaluation import images
-  from diffit_jax.evaluation.collector import Stopped
   from diffit_jax.evaluation.samples import ImageSamples, NetworkSamples
   from diffit_jax.generation import job, weights
 
@@ -318,7 +313,7 @@ def _network(mesh, field: str | None):
     )
     if not folder:
       return samples
-    result = job.sample_to_folder(
+    job.sample_to_folder(
       changed,
       mesh,
       folder,
@@ -328,8 +323,6 @@ def _network(mesh, field: str | None):
       batch_size=_BATCH_SIZE.value,
       codec=codec,
     )
-    if result is None:
-      raise Stopped
     return ImageSamples(images.open_images(folder, _DATA_DIR.value))
 
   return make

@@ -87,7 +87,7 @@ def main() -> int:
   profile_steps = timing.parse_steps(_PROFILE_STEPS.value)
   with _RUNTIME.joined():
     runtime.use_compilation_cache(f"{path_of(workdir)}/compilation_cache")
-    finished = train(
+    train(
       config,
       workdir,
       _DATA_DIR.value,
@@ -96,7 +96,7 @@ def main() -> int:
       profile_steps=profile_steps,
       make_evaluator=make_evaluator,
     )
-  return 0 if finished else cli.REQUEUE
+  return 0
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import zlib
 
 import numpy as np
 
+from diffit_jax import whole
 from diffit_jax.errors import UserError
 
 _CHUNK = 1 << 22  # bytes
@@ -185,15 +186,8 @@ def write_npz(
     OSError: it cannot be written.
     ValueError: blocks that are not what their `Stream` says.
   """
-  path = pathlib.Path(path)
-  partial = path.with_name(path.name + ".partial")
-  try:
+  with whole.writing(path) as partial:
     _write_members(partial, members)
-    os.replace(partial, path)
-  except BaseException:
-    with contextlib.suppress(OSError):
-      partial.unlink(missing_ok=True)
-    raise
 
 
 def _write_members(path: pathlib.Path, members: Mapping) -> None:

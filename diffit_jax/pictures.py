@@ -5,6 +5,7 @@ import os
 import jax.numpy as jnp
 import numpy as np
 
+from diffit_jax import whole
 from diffit_jax.errors import UserError
 
 RULES = {  # then clipped to 0..255 and truncated
@@ -61,6 +62,5 @@ def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
   image = np.asarray(image)
   if image.shape[-1] == 1:
     image = image[..., 0]
-  partial = f"{os.fspath(path)}.partial"
-  Image.fromarray(image).save(partial, format="PNG")
-  os.replace(partial, path)
+  with whole.writing(path) as partial:
+    Image.fromarray(image).save(partial, format="PNG")

@@ -41,7 +41,7 @@ from diffit_jax import cli, interrupt
 from diffit_jax.data.dataset import default_data_dir
 from diffit_jax.data.transforms import CROPS
 from diffit_jax.errors import UserError
-from diffit_jax.stop import StopRequest
+from diffit_jax.stop import Stopped, StopRequest
 
 _SOURCE = cli.define_path(
   "source",
@@ -154,26 +154,27 @@ def _prepare_latents(data_dir: str) -> int:
       _SOURCE.value, data_dir, _RESOLUTION.value
     )
     encoder, batch_size = _load_encoder()
-    outcome = imagenet_latents.prepare(
-      images,
-      encoder,
-      name=_NAME.value or "imagenet_latents",
-      data_dir=data_dir,
-      resolution=_RESOLUTION.value,
-      latent_dtype=_LATENT_DTYPE.value,
-      num_shards=_NUM_SHARDS.value,
-      part=part,
-      num_parts=num_parts,
-      batch_size=batch_size,
-      max_bad_fraction=_MAX_BAD_FRACTION.value,
-      overwrite=_OVERWRITE.value,
-      should_stop=lambda: stop.requested,
-    )
-  if outcome.is_stopped:
-    logging.info("stopped; the same command goes on from the finished shards")
-    return cli.REQUEUE
-  if outcome.directory:
-    _report(outcome.directory)
+    try:
+      directory = imagenet_latents.prepare(
+        images,
+        encoder,
+        name=_NAME.value or "imagenet_latents",
+        data_dir=data_dir,
+        resolution=_RESOLUTION.value,
+        latent_dtype=_LATENT_DTYPE.value,
+        num_shards=_NUM_SHARDS.value,
+        part=part,
+        num_parts=num_parts,
+        batch_size=batch_size,
+        max_bad_fraction=_MAX_BAD_FRACTION.value,
+        overwrite=_OVERWRITE.value,
+        should_stop=lambda: stop.requested,
+      )
+    except Stopped:
+      logging.info("stopped; the same command goes on from the finished shards")
+      raise
+  if directory:
+    _report(directory)
   else:
     logging.info(
       "part %s is done; the prepare that makes the last shard of the other"

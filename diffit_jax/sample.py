@@ -63,8 +63,6 @@ def main() -> int:
     batch_size=_BATCH_SIZE.value,
     codec=codec,
   )
-  if result is None:
-    return cli.REQUEUE
   if result.grid:
     print(f"grid: {result.grid}")
     print(f"images: {result.npz}")

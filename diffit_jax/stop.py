@@ -1,8 +1,15 @@
-"""SIGTERM as a wish: finish what is under way, save, and exit with 75."""
+"""Requests to stop (SIGTERM, preemption): finish what is under way, save."""
 
 from collections.abc import Callable
 import signal
 import threading
+
+
+class Stopped(Exception):
+  """A request to stop was followed: what was done is kept, to be gone on from.
+
+  `cli.run` turns it into the exit code 75.
+  """
 
 
 class StopRequest:

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "diffit_jax"
 LEAVES = {
   *("__version__", "claim", "config_files", "environment", "errors"),
   *("interrupt", "npz", "paths", "pictures", "progress", "ranges", "stop"),
+  "whole",
 }
 # What each part may import of the others; entry points may import all.
 MAY_IMPORT = {

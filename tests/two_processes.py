@@ -112,7 +112,7 @@ def train(
         befall(step)
       yield batch
 
-  return loop.train(
+  loop.train(
     config or get_config(),
     workdir,
     data_dir,
@@ -139,8 +139,8 @@ def main(workdir, data_dir, coordinator, num, process, fate="", at="-1"):
   config = get_config()
   config.watchdog_seconds = 20 if fate == "hang" else 0
   with runtime.joined(cluster, timeout=120, heartbeat_timeout=5):
-    finished = train(workdir, data_dir, befall if fate else None, config)
-  return 0 if finished else cli.REQUEUE
+    train(workdir, data_dir, befall if fate else None, config)
+  return 0
 
 
 if __name__ == "__main__":

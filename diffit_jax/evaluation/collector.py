@@ -35,13 +35,9 @@ from diffit_jax.parallel.mesh import (
   replicated,
 )
 from diffit_jax.progress import Progress
-from diffit_jax.stop import StopRequest
+from diffit_jax.stop import Stopped, StopRequest
 
 _SAVE_SECONDS = 120
-
-
-class Stopped(Exception):
-  """SIGTERM came; what was gathered is kept, where there is a file for it."""
 
 
 def asking(stop: StopRequest) -> Callable[[], bool]:

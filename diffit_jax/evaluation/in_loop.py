@@ -19,7 +19,7 @@ from ml_collections import config_dict
 from diffit_jax.evaluation import card, job, scores, spaces
 from diffit_jax.evaluation import measure as measure_lib
 from diffit_jax.evaluation import reference as reference_lib
-from diffit_jax.evaluation.collector import Collector, Stopped
+from diffit_jax.evaluation.collector import Collector
 from diffit_jax.evaluation.samples import NetworkSamples, sample_shape
 from diffit_jax.generation import weights
 from diffit_jax.parallel import runtime
@@ -107,7 +107,7 @@ class Evaluator:
 
   def __call__(
     self, step: int, averages: Mapping[str, dict], params: dict
-  ) -> dict[str, float] | None:
+  ) -> dict[str, float]:
     """Scores the weights of a step.
 
     Args:
@@ -116,7 +116,10 @@ class Evaluator:
       params: scored where there are no averages.
 
     Returns:
-      {metric: value}, or None where SIGTERM came first.
+      {metric: value}.
+
+    Raises:
+      Stopped: SIGTERM came first.
     """
     name = weights.default_average(self._config)
     tree = params if name == weights.RAW else averages[name]
@@ -124,10 +127,7 @@ class Evaluator:
       self._gather(tree), self._config, step, name, f"training, step {step}"
     )
     logging.info("scoring %d samples of step %d", self._num, step)
-    try:
-      return self._score(loaded)["metrics"]
-    except Stopped:
-      return None
+    return self._score(loaded)["metrics"]
 
   def _score(self, loaded: weights.Weights) -> dict:
     if self._samples is None:

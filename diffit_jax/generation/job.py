@@ -19,7 +19,7 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from diffit_jax import claim, models
+from diffit_jax import claim, models, whole
 from diffit_jax.errors import UserError
 from diffit_jax.generation import generator
 from diffit_jax.generation.output import (
@@ -31,7 +31,7 @@ from diffit_jax.generation.output import (
 from diffit_jax.generation.weights import Weights
 from diffit_jax.parallel.mesh import check_batch
 from diffit_jax.progress import Progress
-from diffit_jax.stop import StopRequest
+from diffit_jax.stop import Stopped, StopRequest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ def sample_to_folder(
   labels: str = "random",
   batch_size: int = 64,
   codec=None,
-) -> Result | None:
+) -> Result:
   """Makes samples 0..num-1 that are not in the folder yet.
 
   The batches of one `num` and `batch_size` always hold the same indices, so
@@ -69,7 +69,10 @@ def sample_to_folder(
     codec: decodes the latents of a latent model; without it, they are written.
 
   Returns:
-    The paths, or None where SIGTERM came first.
+    The paths.
+
+  Raises:
+    Stopped: SIGTERM came first; what was made stays.
   """
   batch_size = min(batch_size, -(-num // mesh.size) * mesh.size)
   check_batch(mesh, batch_size, "batch_size")
@@ -112,16 +115,15 @@ def sample_to_folder(
 
 def _make_all(
   output: Output,
-  make: Callable[[list[int]], bool],
+  make: Callable[[list[int]], None],
   waiting: list[int],
   num: int,
   classes: np.ndarray | None,
   held: claim.Claim,
-) -> Result | None:
+) -> Result:
   """Makes the samples that wait, and once more those that turn out damaged."""
   for is_last in (False, True):
-    if not make(waiting):
-      return None
+    make(waiting)
     held.check()
     try:
       return Result(*output.finish(num, classes))
@@ -143,8 +145,8 @@ def _make(
   batch_size: int,
   num: int,
   held: claim.Claim,
-) -> bool:
-  """Makes the samples that wait, in whole batches; False where SIGTERM came."""
+) -> None:
+  """Makes the samples that wait, in whole batches, or raises Stopped."""
   batches = itertools.groupby(waiting, lambda i: i // batch_size)
   with (
     StopRequest() as stop,
@@ -153,12 +155,11 @@ def _make(
   ):
     for batch, wanted in batches:
       if stop.requested:
-        return False
+        raise Stopped
       index = np.arange(batch * batch_size, (batch + 1) * batch_size)
       samples = generate_batch(index)
       held.check()
       progress.update(_write_batch(output, pool, index, samples, [*wanted]))
-  return True
 
 
 def _write_batch(output: Output, pool, index, samples, wanted) -> int:
@@ -260,9 +261,8 @@ def _begin(output: Output, settings: dict) -> None:
   try:
     folder.mkdir(parents=True, exist_ok=True)
     _check_settings(output, _read_settings(path), settings)
-    partial = folder / "sampling.json.partial"
-    partial.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    os.replace(partial, path)
+    with whole.writing(path) as partial:
+      partial.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
   except OSError as error:
     raise _cannot_write(folder, error) from error
 

@@ -15,6 +15,7 @@ import struct
 from absl import logging
 import numpy as np
 
+from diffit_jax import whole
 from diffit_jax.npz import Stream, write_npz
 from diffit_jax.pictures import page, write_png
 
@@ -55,10 +56,8 @@ def _png_fault(path: pathlib.Path, shape: tuple[int, int, int]) -> str | None:
 
 
 def _write_npy(path: pathlib.Path, array: np.ndarray) -> None:
-  partial = path.with_name(path.name + ".partial")
-  with partial.open("wb") as file:
+  with whole.writing(path) as partial, partial.open("wb") as file:
     np.save(file, array, allow_pickle=False)
-  os.replace(partial, path)
 
 
 def _npy_fault(path: pathlib.Path, shape: tuple[int, int, int]) -> str | None:

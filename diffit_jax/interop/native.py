@@ -17,6 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from diffit_jax import whole
 from diffit_jax.errors import UserError
 from diffit_jax.interop import tensors
 
@@ -40,14 +41,11 @@ def save(
   flat = traverse_util.flatten_dict(dict(params), sep="/")
   flat = {name: np.ascontiguousarray(array) for name, array in flat.items()}
   metadata = {"format": "pt", "layout": LAYOUT, **header}
-  partial = path.with_name(path.name + ".partial")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(flat, partial, metadata)
-    os.replace(partial, path)
+    with whole.writing(path) as partial:
+      safetensors.numpy.save_file(flat, partial, metadata)
   except (OSError, safetensors.SafetensorError) as error:
-    if path.parent.is_dir():
-      partial.unlink(missing_ok=True)
     raise UserError(f"writing {path} failed: {error}") from error
 
 

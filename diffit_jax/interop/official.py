@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffit_jax import whole
 from diffit_jax.environment import PRNG
 from diffit_jax.errors import UserError
 from diffit_jax.interop import native, tensors
@@ -368,15 +369,11 @@ def _write(
     )
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)
-  partial = path.with_name(path.name + ".partial")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("wb") as file:
+    with whole.writing(path) as partial, partial.open("wb") as file:
       file.write(len(text).to_bytes(8, "little") + text)
       for key in list(header)[1:]:
         file.write(np.ascontiguousarray(read(key)).data)
-    os.replace(partial, path)
   except OSError as error:
     raise UserError(f"writing {path} failed: {error}") from error
-  finally:
-    partial.unlink(missing_ok=True)

@@ -27,6 +27,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.parallel import mesh as mesh_lib
 from diffit_jax.parallel import platforms
 from diffit_jax.parallel.cluster import Cluster, detect, has_tpu
+from diffit_jax.stop import Stopped
 
 __all__ = [
   "Cluster",
@@ -59,7 +60,8 @@ def joined(
   """Joins the run's processes for the time of the block.
 
   An error that comes out of the block ends this process at once, so that the
-  others notice, in place of waiting for them to end in good order.
+  others notice, in place of waiting for them to end in good order. `Stopped` is
+  no error: all processes stop together.
 
   Args:
     cluster: from `cluster.detect`.
@@ -86,9 +88,12 @@ def joined(
   )
   if not is_first():
     logging.set_verbosity(logging.WARNING)  # process 0 speaks for all
+  stopped = None
   try:
     _connect_devices()
     yield
+  except Stopped as reason:
+    stopped = reason
   except Exception as error:
     if not isinstance(error, UserError):
       logging.error("process %d failed", jax.process_index(), exc_info=True)
@@ -104,6 +109,8 @@ def joined(
     jax.distributed.shutdown()
   except RuntimeError as error:
     logging.warning("another process did not end well: %s", _first_line(error))
+  if stopped is not None:
+    raise stopped
 
 
 def _initialize(cluster: Cluster, timeout: int, heartbeat_timeout: int) -> None:

@@ -8,6 +8,7 @@ import os
 from etils import epath
 from ml_collections import config_dict
 
+from diffit_jax import whole
 from diffit_jax.errors import UserError
 from diffit_jax.run import buckets
 from diffit_jax.run.checkpoint import list_steps
@@ -56,9 +57,8 @@ def write_whole(path: epath.Path, content: bytes) -> None:
   if buckets.is_bucket(path):
     path.write_bytes(content)
     return
-  partial = path.with_name(f"{path.name}.partial")
-  partial.write_bytes(content)
-  partial.replace(path)
+  with whole.writing(path) as partial:
+    partial.write_bytes(content)
 
 
 @contextlib.contextmanager

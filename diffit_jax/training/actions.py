@@ -1,6 +1,7 @@
 """What training does every so many steps: log, save, draw, score."""
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.parallel import runtime
 from diffit_jax.run import ema, state
 from diffit_jax.run.state import Monitor, TrainState
+from diffit_jax.stop import Stopped
 from diffit_jax.training import metrics, optimizer, timing
 from diffit_jax.training.start import Run
 
@@ -26,8 +28,8 @@ class Evaluator(Protocol):
 
   def __call__(
     self, step: int, averages: dict, params: dict
-  ) -> dict[str, float] | None:
-    """Scores the weights of a step; None where SIGTERM came first."""
+  ) -> dict[str, float]:
+    """Scores the weights of a step; raises Stopped where SIGTERM came first."""
 
   def find(self, step: int) -> dict[str, float]:
     """The scores of a step from this or an earlier start; {} for none."""
@@ -171,11 +173,10 @@ class Actions:
     return runtime.from_first(has_all)
 
   def evaluate(self, now: Now) -> None:
-    """Scores the weights."""
+    """Scores the weights, unless a request to stop comes first."""
     self._check_params(now)
-    with self._run.watchdog.patient():
+    with self._run.watchdog.patient(), contextlib.suppress(Stopped):
       found = self._evaluator(now.step, now.state.ema, now.state.params)
-    if found is not None:
       self._run.checkpoints.note(now.step, found)
       scalars = {f"evaluation/{name}": value for name, value in found.items()}
       self._writer.scalars(now.step, scalars)

@@ -19,7 +19,7 @@ from diffit_jax.parallel import mesh as mesh_lib
 from diffit_jax.parallel import runtime
 from diffit_jax.progress import Progress
 from diffit_jax.run import state
-from diffit_jax.stop import StopRequest
+from diffit_jax.stop import Stopped, StopRequest
 from diffit_jax.training import metrics, report, source, start, timing
 from diffit_jax.training.actions import Actions, Evaluator, Now, Sampler
 
@@ -35,7 +35,7 @@ def train(
   make_evaluator: Callable[..., Evaluator] | None = None,
   make_writer: Callable[..., metrics.Writer] = metrics.Writer,
   make_batches: Callable[..., Iterator] = source.make_batches,
-) -> bool:
+) -> None:
   """Trains, or goes on with, the run in `directory`.
 
   Args:
@@ -56,11 +56,9 @@ def train(
     make_batches: (data set, config, first step) -> iterator over the batches
       of this process, with a method `close`.
 
-  Returns:
-    True once total_steps are done, saved and scored; False where SIGTERM came
-    first: the current step is saved, and the same call goes on from it.
-
   Raises:
+    Stopped: SIGTERM came before all steps were done, saved and scored. The
+      current step is saved, and the same call goes on from it.
     UserError: something cannot be, as an option of JAX under which the run
       would draw other numbers (`environment.check`).
   """
@@ -85,13 +83,13 @@ def train(
       writer, clock = make_writer(run.directory), timing.StepClock()
       actions = Actions(run, writer, clock, sampler, evaluator)
       trace = timing.Profile(profile_steps, run.directory, run.watchdog.patient)
-      return _train(run, actions, writer, clock, trace, make_batches, stop)
+      _train(run, actions, writer, clock, trace, make_batches, stop)
     except UserError as error:
       runtime.tell(error)  # closing waits for the other processes
       raise
 
 
-def _train(run, actions, writer, clock, trace, make_batches, stop) -> bool:
+def _train(run, actions, writer, clock, trace, make_batches, stop) -> None:
   """Restores, and steps until the end or a stop request; see `train`."""
   config, built, total = run.config, run.program, run.config.total_steps
   first = start.restore(run)
@@ -99,7 +97,7 @@ def _train(run, actions, writer, clock, trace, make_batches, stop) -> bool:
   first_step, missing = now.step, actions.missing(now.step)
   if now.step >= total and not missing:
     logging.info("already done: step %d of %d", now.step, total)
-    return True
+    return
   writer.text("parameters.txt", report.overview(built.abstract.params))
   encode = source.make_encoder(config, run.codec, built.mesh)
   batches = make_batches(run.dataset, config, now.step)
@@ -137,6 +135,5 @@ def _train(run, actions, writer, clock, trace, make_batches, stop) -> bool:
       logging.info("SIGTERM: saving step %d", now.step)
       with run.watchdog.patient():
         actions.save(now)
-  return now.step >= total and not (
-    stop.requested and actions.missing(now.step)
-  )
+  if stop.requested and (now.step < total or actions.missing(now.step)):
+    raise Stopped

@@ -26,6 +26,7 @@ from diffit_jax.data import dataset as dataset_lib
 from diffit_jax.data import pipeline, preparation, shards
 from diffit_jax.data.builders import image_folder, imagenet_latents
 from diffit_jax.errors import UserError
+from diffit_jax.stop import Stopped
 from tiny_vae import write_vae
 
 SIDE = 16  # of the images; 4 of the latents
@@ -92,7 +93,7 @@ def made(folder, encoder, tmp_path_factory):
   """A data directory with the latents, made at one go."""
   data_dir = tmp_path_factory.mktemp("made")
   outcome = _prepare(folder, data_dir, encoder, latent_dtype="float32")
-  assert outcome.directory == data_dir / "imagenet_latents" / "1.0.0"
+  assert outcome == data_dir / "imagenet_latents" / "1.0.0"
   return data_dir
 
 
@@ -234,9 +235,7 @@ def test_the_pipeline_picks_the_mirror_by_the_coin_of_the_index(made):
 
 def test_hosts_together_make_what_one_makes(folder, encoder, made, tmp_path):
   options = {"latent_dtype": "float32", "num_parts": 2}
-  assert _prepare(folder, tmp_path, encoder, part=1, **options) == (
-    imagenet_latents.Outcome(None)
-  )
+  assert _prepare(folder, tmp_path, encoder, part=1, **options) is None
   with pytest.raises(UserError, match="no prepared data set"):
     pipeline.open_dataset("imagenet_latents", str(tmp_path))
   staged = tmp_path / "imagenet_latents" / "partial" / "1.0.0"
@@ -245,7 +244,7 @@ def test_hosts_together_make_what_one_makes(folder, encoder, made, tmp_path):
     "00003-of-00004",
   ]
   outcome = _prepare(folder, tmp_path, encoder, part=0, **options)
-  assert outcome.directory is not None
+  assert outcome is not None
   assert _contents(tmp_path) == _contents(made)
   # A host that comes late finds the set and leaves it alone.
   assert _prepare(folder, tmp_path, encoder, part=1, **options) == outcome
@@ -269,7 +268,7 @@ def test_hosts_at_the_same_time(folder, encoder, made, tmp_path):
     thread.start()
   for thread in threads:
     thread.join()
-  assert any(outcome.directory for outcome in outcomes.values())
+  assert any(outcome for outcome in outcomes.values())
   assert _contents(tmp_path) == _contents(made)
   names = [path.name for path in (tmp_path / "imagenet_latents").iterdir()]
   assert names == ["1.0.0"]
@@ -286,7 +285,7 @@ def test_two_at_one_shard_are_kept_apart(folder, encoder, tmp_path):
     tmp_path,
     dataclasses.replace(encoder, encode=meddle),
   )
-  assert outcome.directory is not None
+  assert outcome is not None
 
 
 def test_a_stop_keeps_finished_shards_and_drops_the_unfinished(
@@ -295,8 +294,8 @@ def test_a_stop_keeps_finished_shards_and_drops_the_unfinished(
   asked = itertools.count()  # shards of 5, 6, 6, 6 images: 3 batches each
   stop = lambda: next(asked) == 4
   options = {"latent_dtype": "float32"}
-  outcome = _prepare(folder, tmp_path, encoder, should_stop=stop, **options)
-  assert outcome == imagenet_latents.Outcome(None, is_stopped=True)
+  with pytest.raises(Stopped):
+    _prepare(folder, tmp_path, encoder, should_stop=stop, **options)
   partial = tmp_path / "imagenet_latents" / "partial"
   assert sorted(path.name for path in partial.iterdir()) == [
     "00000.json",
@@ -310,7 +309,7 @@ def test_a_stop_keeps_finished_shards_and_drops_the_unfinished(
     return encoder.encode(x)
 
   counted = dataclasses.replace(encoder, encode=encode)
-  assert _prepare(folder, tmp_path, counted, **options).directory
+  assert _prepare(folder, tmp_path, counted, **options)
   assert sum(num_encoded) == 18
   assert _contents(tmp_path) == _contents(made)
 
@@ -343,7 +342,7 @@ def test_a_begun_set_refuses_other_vaes_crops_types_and_sources(
     _prepare(folder, tmp_path, encoder, source=source)
   # Other settings after all: what was there is dropped, and only then.
   outcome = _prepare(folder, tmp_path, other, overwrite=True)
-  metadata = dataset_lib.read_metadata(outcome.directory)
+  metadata = dataset_lib.read_metadata(outcome)
   assert metadata["vae_hash"] == other.hash
   with pytest.raises(UserError, match="made with other settings .vae_hash was"):
     _prepare(folder, tmp_path, encoder)
@@ -358,7 +357,7 @@ def test_the_finish_of_a_killed_prepare_is_taken_up(
     _prepare(folder, tmp_path, encoder, **options)
   assert dataset_lib.find_directory("imagenet_latents", str(tmp_path)) is None
   never = dataclasses.replace(encoder, encode=_interrupt)
-  assert _prepare(folder, tmp_path, never, **options).directory
+  assert _prepare(folder, tmp_path, never, **options)
   assert _contents(tmp_path) == _contents(made)
 
 
@@ -374,7 +373,7 @@ def test_latents_that_are_there_need_no_lock(
 
   monkeypatch.setattr(preparation, "lock", refuse)
   found = _prepare(folder, made, encoder, latent_dtype="float32")
-  assert found.directory == made / "imagenet_latents" / "1.0.0"
+  assert found == made / "imagenet_latents" / "1.0.0"
 
 
 def test_a_damaged_shard_is_made_again(folder, encoder, made, tmp_path):
@@ -389,7 +388,7 @@ def test_a_damaged_shard_is_made_again(folder, encoder, made, tmp_path):
   with pytest.raises(UserError, match="settings.json is damaged.*--overwrite"):
     _prepare(folder, tmp_path, encoder, **options)
   (partial / "settings.json").write_text(settings)
-  assert _prepare(folder, tmp_path, encoder, **options).directory
+  assert _prepare(folder, tmp_path, encoder, **options)
   assert _contents(tmp_path) == _contents(made)
 
 
@@ -485,7 +484,7 @@ def test_unreadable_images_are_skipped_named_and_limited(
   # One shard for each image: two of them stay empty.
   options = {"source": source, "num_shards": 12, "name": "some"}
   outcome = _prepare(None, tmp_path, encoder, max_bad_fraction=0.2, **options)
-  metadata = dataset_lib.read_metadata(outcome.directory)
+  metadata = dataset_lib.read_metadata(outcome)
   assert metadata["num_images"] == 10
   assert sorted(metadata["skipped"]) == ["a/2.png", "b/5.png"]
   dataset = pipeline.open_dataset("some", str(tmp_path))
@@ -562,7 +561,7 @@ def test_config_and_latents_must_agree(made, vae, data_dir):
 
 
 def test_spoilt_latents_say_how_to_remake_them(folder, encoder, tmp_path):
-  directory = _prepare(folder, tmp_path, encoder, name="mine").directory
+  directory = _prepare(folder, tmp_path, encoder, name="mine")
   (directory / "features.json").unlink()
   command = (
     "prepare imagenet_latents --source=.* --vae=.* --name=mine .*--overw"

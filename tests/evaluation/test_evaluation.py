@@ -19,9 +19,10 @@ from diffit_jax.evaluation import (
   scores,
   spaces,
 )
-from diffit_jax.evaluation.collector import Collector, Stopped
+from diffit_jax.evaluation.collector import Collector
 from diffit_jax.evaluation.samples import ImageSamples
 from diffit_jax.parallel.mesh import make_mesh
+from diffit_jax.stop import Stopped
 import inception_fill
 
 RNG = np.random.default_rng(0)

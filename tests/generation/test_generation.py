@@ -18,6 +18,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.generation import generator, job, output, weights
 from diffit_jax.interop import files, native
 from diffit_jax.parallel.mesh import make_mesh
+from diffit_jax.stop import Stopped
 
 
 def one_device():
@@ -231,7 +232,8 @@ class TestJob:
 
     with monkeypatch.context() as patch:
       patch.setattr(job, "_write_batch", write_batch)
-      assert run_job(loaded, tmp_path) is None
+      with pytest.raises(Stopped):
+        run_job(loaded, tmp_path)
     assert len(list((tmp_path / "images").iterdir())) == 4
     assert run_job(loaded, tmp_path) is not None
 

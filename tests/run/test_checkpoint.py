@@ -133,12 +133,13 @@ def test_a_run_goes_on_on_other_devices_up_to_rounding(data_dir, tmp_path):
 
   def train(folder, total, devices, fsdp=1):
     config.total_steps, config.mesh.fsdp = total, fsdp
-    return loop.train(
+    loop.train(
       config, tmp_path / folder, data_dir, devices=jax.devices()[:devices]
     )
 
-  assert train("one", 4, 1)
-  assert train("moved", 2, 2, fsdp=2) and train("moved", 4, 1)
+  train("one", 4, 1)
+  train("moved", 2, 2, fsdp=2)
+  train("moved", 4, 1)
   parts = program.build(config, jax.devices()[:1])
   x = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
   outputs = []

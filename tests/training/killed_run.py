@@ -50,7 +50,7 @@ def main(workdir: str, data_dir: str, mode: str, at: int) -> None:
 
   checkpoint.Checkpoints.save = save
   hooks = {"make_writer": Notes, "make_batches": make_batches}
-  assert loop.train(config, workdir, data_dir, **hooks)
+  loop.train(config, workdir, data_dir, **hooks)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def main(workdir: str, data_dir: str, phase_file: str) -> None:
 
     return sample
 
-  assert loop.train(
+  loop.train(
     make_config(), workdir, data_dir, make_sampler, make_batches=make_batches
   )
 

@@ -15,6 +15,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.evaluation import card, in_loop
 from diffit_jax.evaluation.samples import sample_shape
 from diffit_jax.run import checkpoint
+from diffit_jax.stop import Stopped
 from diffit_jax.training import loop
 
 
@@ -28,12 +29,12 @@ def small(**fields):
   return config
 
 
-def train(config, workdir, data_dir, num_devices=1) -> bool:
+def train(config, workdir, data_dir, num_devices=1) -> None:
   make_evaluator = functools.partial(
     in_loop.Evaluator, directory=workdir, inception=None, data_dir=data_dir
   )
   devices = jax.devices()[:num_devices]
-  return loop.train(
+  loop.train(
     config, workdir, data_dir, devices=devices, make_evaluator=make_evaluator
   )
 
@@ -48,7 +49,7 @@ def cards(workdir) -> dict[int, dict]:
 @pytest.fixture(scope="module")
 def run(data_dir, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("run")
-  assert train(small(total_steps=5), workdir, data_dir)
+  train(small(total_steps=5), workdir, data_dir)
   return workdir
 
 
@@ -82,7 +83,7 @@ def test_the_score_is_that_of_the_command(run, data_dir, tmp_path):
 def test_sharded_weights_score_as_whole_ones(run, data_dir, tmp_path):
   config = small(total_steps=2)
   config.mesh.fsdp = 2
-  assert train(config, tmp_path, data_dir, num_devices=2)
+  train(config, tmp_path, data_dir, num_devices=2)
   name = "frechet_digits"
   np.testing.assert_allclose(
     cards(tmp_path)[2]["metrics"][name],
@@ -100,7 +101,7 @@ def stopping_at(step: int):
     if loaded.step != step:
       return real(self, loaded)
     came.append(step)
-    raise in_loop.Stopped
+    raise Stopped
 
   def at_step(self, _):
     self.requested = bool(came)
@@ -119,13 +120,14 @@ def test_a_stopped_score_is_made_up_for(run, data_dir, tmp_path):
   """
   for step in (2, 5):
     with stopping_at(step):
-      assert not train(small(total_steps=5), tmp_path, data_dir)
+      with pytest.raises(Stopped):
+        train(small(total_steps=5), tmp_path, data_dir)
     assert checkpoint.list_steps(tmp_path)[-1] == step
     assert step not in cards(tmp_path)
-  assert train(small(total_steps=5), tmp_path, data_dir)
+  train(small(total_steps=5), tmp_path, data_dir)
   expected = {k: x["metrics"] for k, x in cards(run).items()}
   assert {k: x["metrics"] for k, x in cards(tmp_path).items()} == expected
-  assert train(small(total_steps=5), tmp_path, data_dir)  # nothing is left
+  train(small(total_steps=5), tmp_path, data_dir)  # nothing is left
 
 
 def test_the_best_by_distance_stays(data_dir, tmp_path):
@@ -148,7 +150,7 @@ def test_the_best_by_distance_stays(data_dir, tmp_path):
         evaluate_every_steps=1,
         keep_best_by="frechet_digits",
       )
-      assert train(config, tmp_path, data_dir)
+      train(config, tmp_path, data_dir)
       assert checkpoint.list_steps(tmp_path) == [2, total]
 
 
@@ -199,7 +201,7 @@ def test_latents_are_decoded_or_refused(data_dir, tmp_path):
   config.evaluation.update(
     dict(features="digits", metrics=("frechet_digits",), num=20)
   )
-  assert train(config, tmp_path, data_dir)
+  train(config, tmp_path, data_dir)
   assert list(cards(tmp_path)) == [config.total_steps]
   with pytest.raises(UserError, match="--vae is missing"):
     sample_shape(imagenet256.get_config())

@@ -18,6 +18,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.generation.generator import make_grid_sampler
 from diffit_jax.parallel import mesh as mesh_lib
 from diffit_jax.run import checkpoint, state
+from diffit_jax.stop import Stopped
 from diffit_jax.training import actions, loop, source
 from diffit_jax.training import program as program_lib
 
@@ -53,7 +54,7 @@ def assert_equal_states(a, b):
 def reference(data_dir, tmp_path_factory):
   """Workdir of an undisturbed run of 4 steps, saved at 2 and 4."""
   workdir = tmp_path_factory.mktemp("reference")
-  assert loop.train(small(), workdir, data_dir, devices=one_device())
+  loop.train(small(), workdir, data_dir, devices=one_device())
   return workdir
 
 
@@ -66,7 +67,7 @@ def copy(reference, tmp_path):
 def test_two_and_two_steps_equal_four(reference, data_dir, tmp_path):
   for total in (2, 4):
     config = small(total_steps=total)
-    assert loop.train(config, tmp_path, data_dir, devices=one_device())
+    loop.train(config, tmp_path, data_dir, devices=one_device())
   assert_equal_states(
     final_state(small(), tmp_path), final_state(small(), reference)
   )
@@ -87,7 +88,7 @@ def test_checkpoint_holds_everything(reference):
 
 def test_a_finished_run_is_left_alone(copy, data_dir):
   before = sorted(p.name for p in (copy / "checkpoints").iterdir())
-  assert loop.train(small(), copy, data_dir, devices=one_device())
+  loop.train(small(), copy, data_dir, devices=one_device())
   assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == before
 
 
@@ -105,15 +106,16 @@ def test_stop_request_saves_and_the_run_goes_on_to_the_same_bits(
         os.kill(os.getpid(), signal.SIGTERM)
       yield batch
 
-  assert not loop.train(
-    small(),
-    tmp_path,
-    data_dir,
-    devices=one_device(),
-    make_batches=make_batches,
-  )
+  with pytest.raises(Stopped):
+    loop.train(
+      small(),
+      tmp_path,
+      data_dir,
+      devices=one_device(),
+      make_batches=make_batches,
+    )
   assert checkpoint.list_steps(tmp_path) == [2, 3]
-  assert loop.train(small(), tmp_path, data_dir, devices=one_device())
+  loop.train(small(), tmp_path, data_dir, devices=one_device())
   assert_equal_states(
     final_state(small(), tmp_path), final_state(small(), reference)
   )
@@ -133,7 +135,7 @@ def test_damaged_newest_checkpoint_falls_back(
       path.unlink()
   else:
     shutil.rmtree(newest / "params")
-  assert loop.train(small(), copy, data_dir, devices=one_device())
+  loop.train(small(), copy, data_dir, devices=one_device())
   assert "checkpoint 4 cannot be read" in caplog.text
   assert (copy / "damaged" / "4").is_dir()
   assert_equal_states(
@@ -236,7 +238,7 @@ def test_a_sharded_run_draws_grids_and_traces_its_step_once(
   config = small(sample_every_steps=2)
   config.mesh.fsdp = 2
   two = jax.devices()[:2]
-  assert loop.train(config, tmp_path, data_dir, make_grid_sampler, devices=two)
+  loop.train(config, tmp_path, data_dir, make_grid_sampler, devices=two)
   assert programs[0].train_step._cache_size() == 1
   grid, _ = sorted((tmp_path / "samples").iterdir())
   assert grid.name == "samples_edm_00000002.png" and grid.stat().st_size > 200
@@ -251,7 +253,7 @@ def test_a_grid_lost_after_its_step_was_saved_is_made_up_for(copy, data_dir):
     return np.full((1, 8, 8, 1), 7, np.uint8)
 
   for _ in range(2):
-    assert loop.train(
+    loop.train(
       small(),
       copy,
       data_dir,
@@ -282,13 +284,13 @@ def test_a_folder_without_a_checkpoint_is_free_for_another_run(
 ):
   (tmp_path / "config.json").write_text('{"seed": 99}')
   config = small(total_steps=1)
-  assert loop.train(config, tmp_path, data_dir, devices=one_device())
+  loop.train(config, tmp_path, data_dir, devices=one_device())
 
 
 def test_logging_intervals_and_total_steps_may_change(copy, data_dir):
   config = small(total_steps=5, log_every_steps=1, save_every_steps=3)
   config.sampler.steps = 2
-  assert loop.train(config, copy, data_dir, devices=one_device())
+  loop.train(config, copy, data_dir, devices=one_device())
   assert 5 in checkpoint.list_steps(copy)
 
 

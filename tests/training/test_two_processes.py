@@ -52,7 +52,7 @@ def restored(workdir, devices):
 def alone(data_dir, tmp_path_factory):
   """The workdir of one process with eight devices."""
   workdir = tmp_path_factory.mktemp("alone")
-  assert driver.train(workdir, data_dir)
+  driver.train(workdir, data_dir)
   return workdir
 
 
@@ -72,7 +72,7 @@ def pair(data_dir, tmp_path_factory):
   killed = checkpoint.list_steps(workdir)
   for i in range(2):
     (workdir / f"process_{i}.jsonl").rename(workdir / f"pair_{i}.jsonl")
-  assert driver.train(workdir, data_dir)
+  driver.train(workdir, data_dir)
   return workdir, stopped, killed, [err for _, err in first + second]
 
 

@@ -32,6 +32,7 @@ from diffit_jax.data import dataset as dataset_lib
 from diffit_jax.data.builders import image_folder
 from diffit_jax.errors import UserError
 from diffit_jax.progress import Progress
+from diffit_jax.stop import Stopped
 
 DTYPES = ("float16", "float32")
 _CROP = "adm"
@@ -84,19 +85,6 @@ class Images:
   listing_hash: str
   name: Callable[[int], str]
   read: Callable[[int], tuple[bytes, int]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-  """How far `prepare` came.
-
-  Attributes:
-    directory: the data set; None where shards are missing.
-    is_stopped: whether `should_stop` ended it before its part was done.
-  """
-
-  directory: pathlib.Path | None
-  is_stopped: bool = False
 
 
 def open_images(source: str, data_dir: str, resolution: int) -> Images:
@@ -192,7 +180,7 @@ def prepare(
   max_bad_fraction: float = 0.01,
   overwrite: bool = False,
   should_stop: Callable[[], bool] = lambda: False,
-) -> Outcome:
+) -> pathlib.Path | None:
   """Makes the shards j with j % num_parts == part that are not there yet.
 
   Whichever process finds all shards finished publishes the data set.
@@ -213,7 +201,11 @@ def prepare(
     overwrite: whether to make the set anew whatever is there.
     should_stop: asked between batches; finished shards stay.
 
+  Returns:
+    The data set; None where shards of other parts are missing.
+
   Raises:
+    Stopped: `should_stop` said so before this part was done.
     UserError: numbers that do not go together, too many unreadable images, or
       whatever `ShardedSet` refuses.
   """
@@ -251,10 +243,9 @@ def prepare(
   )
   existing = run.target.begin(overwrite)
   if existing:
-    return Outcome(existing)
-  if not run.make(range(part, num_shards, num_parts)):
-    return Outcome(None, is_stopped=True)
-  return Outcome(run.target.finish(run.describe))
+    return existing
+  run.make(range(part, num_shards, num_parts))
+  return run.target.finish(run.describe)
 
 
 def _check(
@@ -321,8 +312,8 @@ class _Run:
   )
   skipped: list[str] = dataclasses.field(default_factory=list)
 
-  def make(self, indices: range) -> bool:
-    """Makes the shards that are missing; False if it was stopped."""
+  def make(self, indices: range) -> None:
+    """Makes the shards that are missing."""
     order = fixed_order(self.images.num)
     bounds = np.arange(self.target.num_shards + 1) * len(order)
     bounds //= self.target.num_shards
@@ -347,24 +338,21 @@ class _Run:
     with Progress(total, "encoding", "images", initial) as progress:
       for index in todo:
         chosen = order[bounds[index] : bounds[index + 1]]
-        if not self._make_shard(index, chosen, progress):
-          return False
+        self._make_shard(index, chosen, progress)
     for note, count in sorted(self.notes.items()):
       logging.warning("%d of %d images %s", count, total - initial, note)
-    return True
 
   def _make_shard(
     self, index: int, chosen: np.ndarray, progress: Progress
-  ) -> bool:
+  ) -> None:
     with self.target.writing(index) as shard:
       for batch in self._batches(chosen, shard, progress):
         if self.should_stop():
-          return False
+          raise Stopped
         for example in self._encode(batch):
           shard.add(example)
         progress.update(len(batch))
       shard.commit()
-    return True
 
   def _batches(
     self, chosen: np.ndarray, shard: shards.Shard, progress: Progress
