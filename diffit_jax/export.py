@@ -44,11 +44,13 @@ def main() -> int:
   from diffit_jax.parallel.mesh import make_mesh
 
   mesh = make_mesh()
-  if _WORKDIR.value:
-    loaded = weights.from_workdir(_WORKDIR.value, mesh, _EMA.value)
-  else:
-    config = _CONFIG.value and config_files.required(_CONFIG)
-    loaded = weights.from_file(_CHECKPOINT.value, mesh, _EMA.value, config)
+  loaded = weights.load(
+    mesh,
+    workdir=_WORKDIR.value,
+    checkpoint=_CHECKPOINT.value,
+    config=config_files.optional(_CONFIG),
+    ema=_EMA.value,
+  )
   files.write_weights(
     _OUT.value,
     loaded.params,

@@ -14,7 +14,6 @@ stopped; another setting in the same folder is refused.
 from absl import flags
 
 from diffit_jax import cli, config_files
-from diffit_jax.errors import UserError
 
 _WORKDIR = cli.define_path("workdir", "Folder of a training run.")
 _CHECKPOINT = cli.define_path(
@@ -36,20 +35,18 @@ def main() -> int:
   cli.require_one_of(out=_OUT.value)
   cli.require_local(_OUT.value)
   cli.require_one_process()
-  config = config_files.required(_CONFIG) if _CONFIG.value is not None else None
-  if config is not None and _WORKDIR.value:
-    raise UserError("--config goes with --checkpoint: a workdir has its own")
   from diffit_jax.autoencoder.codec import make_codec
   from diffit_jax.generation import job, weights
   from diffit_jax.parallel.mesh import make_mesh
 
   mesh = make_mesh()
-  if _WORKDIR.value:
-    loaded = weights.from_workdir(_WORKDIR.value, mesh, _SAMPLING.ema.value)
-  else:
-    loaded = weights.from_file(
-      _CHECKPOINT.value, mesh, _SAMPLING.ema.value, config
-    )
+  loaded = weights.load(
+    mesh,
+    workdir=_WORKDIR.value,
+    checkpoint=_CHECKPOINT.value,
+    config=config_files.optional(_CONFIG),
+    ema=_SAMPLING.ema.value,
+  )
   _SAMPLING.apply(loaded.config.sampler)
   codec = make_codec(loaded.config, _SAMPLING.vae.value)
   weights.warn_of_another_vae(loaded.config, codec)

@@ -37,6 +37,30 @@ class Weights:
   about: str = ""
 
 
+def load(
+  mesh: Mesh,
+  *,
+  workdir: str | None,
+  checkpoint: str | None,
+  config: config_dict.ConfigDict | None,
+  ema: str | None,
+) -> Weights:
+  """The weights that the flags of the same names ask for.
+
+  Args:
+    mesh: the devices, on each of which the weights are whole.
+    workdir: folder of a run; None for a file.
+    checkpoint: safetensors file; None for a workdir.
+    config: config of a file that has none; a workdir has its own.
+    ema: see `from_workdir` and `from_file`.
+  """
+  if workdir is None:
+    return from_file(checkpoint, mesh, ema, config)
+  if config is not None:
+    raise UserError("--config goes with --checkpoint: a workdir has its own")
+  return from_workdir(workdir, mesh, ema)
+
+
 def read_config(workdir: str | os.PathLike) -> config_dict.ConfigDict:
   """The resolved config that the run in `workdir` wrote."""
   from diffit_jax.run.workdir import path_of
@@ -81,24 +105,20 @@ def from_workdir(
     )
   shapes = _shapes(config, mesh)
   item, target = ("params", shapes) if ema == RAW else ("ema", {ema: shapes})
-  failures = []
-  for step in reversed(steps):
-    try:
-      tree = checkpoint.restore_item(workdir, step, item, target)
-    except UserError as error:
-      failures.append(f"{step}: {error}")
-      logging.error(
-        "checkpoint %d cannot be read (%s); trying the one before it",
-        step,
-        error,
-      )
-      continue
-    params = tree if ema == RAW else tree[ema]
-    return Weights(params, config, step, ema, f"{workdir} step {step}")
-  raise UserError(
-    f"none of the checkpoints in {workdir} can be read ({'; '.join(failures)}):"
-    " go on with the training, which saves new ones, or use another workdir"
+  read = lambda step: (
+    step,
+    checkpoint.restore_item(workdir, step, item, target),
   )
+  found, failures = checkpoint.read_newest(steps, read)
+  if found is None:
+    reasons = "; ".join(f"{step}: {error}" for step, error in failures.items())
+    raise UserError(
+      f"none of the checkpoints in {workdir} can be read ({reasons}): go on"
+      " with the training, which saves new ones, or use another workdir"
+    )
+  step, tree = found
+  params = tree if ema == RAW else tree[ema]
+  return Weights(params, config, step, ema, f"{workdir} step {step}")
 
 
 def _shapes(config: config_dict.ConfigDict, mesh: Mesh):

@@ -21,10 +21,10 @@ from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from diffit_jax.errors import UserError
-from diffit_jax.parallel import mesh as mesh_lib
 from diffit_jax.parallel import platforms
 from diffit_jax.parallel.cluster import Cluster, detect, has_tpu
 from diffit_jax.stop import Stopped
@@ -143,9 +143,10 @@ def _connect_devices() -> None:
   The CPUs' Gloo gives them 30 seconds to, and after a compilation, some of
   which come from a cache, the processes may be further apart.
   """
-  devices = mesh_lib.make_mesh()
-  ones = np.ones(devices.size, np.float32)
-  ones = mesh_lib.place(ones, mesh_lib.batch_sharding(devices))
+  mesh = Mesh(np.array(jax.devices()), ("all",))
+  sharding = NamedSharding(mesh, PartitionSpec("all"))
+  ones = np.ones(jax.local_device_count(), np.float32)
+  ones = jax.make_array_from_process_local_data(sharding, ones)
   jax.block_until_ready(jax.jit(jnp.sum)(ones))
 
 

@@ -10,9 +10,10 @@ step is written and read. A step that cannot be read, or whose checksums differ,
 is set aside and the one before it is taken.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 import math
 import os
+from typing import TypeVar
 
 from absl import logging
 import jax
@@ -24,8 +25,8 @@ from diffit_jax.parallel.mesh import place
 from diffit_jax.run import storage
 from diffit_jax.run.state import TrainState
 
+T = TypeVar("T")
 _TREES = ("params", "opt_state", "ema")
-_FOLDER = "checkpoints"
 
 # Metrics of the last logging point that a checkpoint can be the best by.
 BEST_BY = ("loss", "grad_norm")
@@ -56,7 +57,7 @@ class Checkpoints:
         checkpoint with the least of it stays until one with less is saved. ""
         for no such.
     """
-    self.directory = storage.absolute(workdir) / _FOLDER
+    self.directory = storage.checkpoints(workdir)
     policies = [orbax_policies.LatestN(max_to_keep)]
     if keep_period:
       policies.append(orbax_policies.EveryNSteps(keep_period))
@@ -127,29 +128,18 @@ class Checkpoints:
     Raises:
       UserError: there are checkpoints, and none can be read.
     """
-    failures = []
-    for step in reversed(self.steps()):
-      try:
-        state = self._restore_step(step, abstract)
-      except UserError as error:
-        failures.append((step, error))
-        logging.error(
-          "checkpoint %d cannot be read (%s); trying the one before it",
-          step,
-          error,
-        )
-        continue
-      if failures:
-        damaged = [step for step, _ in failures]
-        self._folder.set_aside(damaged, self.directory.parent / "damaged")
-      return state
-    if failures:
+    state, failures = read_newest(
+      self.steps(), lambda step: self._restore_step(step, abstract)
+    )
+    if state is not None and failures:
+      self._folder.set_aside([*failures], self.directory.parent / "damaged")
+    elif failures:
       raise UserError(
         f"none of the checkpoints in {self.directory} can be read (steps"
-        f" {[step for step, _ in failures]}; the newest: {failures[0][1]});"
+        f" {[*failures]}; the newest: {next(iter(failures.values()))});"
         " nothing was changed; use another --workdir to start anew"
       )
-    return None
+    return state
 
   def _restore_step(self, step: int, abstract: TrainState) -> TrainState:
     found = storage.read(
@@ -203,9 +193,35 @@ class KeepBest(orbax_policies.PreservationPolicy):
     return [i == first for i in range(len(values))]
 
 
+def read_newest(
+  steps: Sequence[int], read: Callable[[int], T]
+) -> tuple[T | None, dict[int, UserError]]:
+  """What `read` gives of the newest step that can be read; None for none.
+
+  Args:
+    steps: the steps, oldest first.
+    read: reads one of them, and raises UserError where it cannot be.
+
+  Returns:
+    (result, {step: why it cannot be read} of the newer ones).
+  """
+  failures = {}
+  for step in reversed(steps):
+    try:
+      return read(step), failures
+    except UserError as error:
+      failures[step] = error
+      logging.error(
+        "checkpoint %d cannot be read (%s); trying the one before it",
+        step,
+        error,
+      )
+  return None, failures
+
+
 def list_steps(workdir: str | os.PathLike) -> list[int]:
   """Complete steps in a workdir, oldest first, without opening a manager."""
-  return storage.list_steps(storage.absolute(workdir) / _FOLDER)
+  return storage.list_steps(storage.checkpoints(workdir))
 
 
 def restore_item(workdir: str | os.PathLike, step: int, item: str, abstract):
@@ -221,7 +237,7 @@ def restore_item(workdir: str | os.PathLike, step: int, item: str, abstract):
   Raises:
     UserError: it cannot be read; names the leaf where one is damaged.
   """
-  directory = storage.absolute(workdir) / _FOLDER
+  directory = storage.checkpoints(workdir)
   unit = None
   if item == "ema":
     unit = jax.tree.structure(next(iter(abstract.values())))

@@ -24,7 +24,7 @@ from orbax.checkpoint import checkpoint_managers as orbax_policies
 
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import runtime
-from diffit_jax.run import ema, posthoc, storage, workdir
+from diffit_jax.run import ema, identity, posthoc, storage
 
 _FOLDER = "snapshots"
 _FEW = 8  # snapshots of a run: below, a warning is due
@@ -118,10 +118,7 @@ class Snapshots:
 
 def _fingerprint(config: config_dict.ConfigDict) -> str:
   """Digest of the fields that decide a run's numbers."""
-  resolved = json.loads(config.to_json_best_effort())
-  fixed = {field: resolved.get(field) for field in workdir.FIXED}
-  for field in workdir.FREE_IN_MODEL:
-    fixed["model"].pop(field, None)
+  fixed = identity.fixed_fields(identity.resolve(config, None))
   text = json.dumps(fixed, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
 

@@ -190,6 +190,11 @@ def absolute(path: str | os.PathLike) -> epath.Path:
   return epath.Path(text if "://" in text else os.path.abspath(text))
 
 
+def checkpoints(workdir: str | os.PathLike) -> epath.Path:
+  """The folder of a workdir's checkpoints."""
+  return absolute(workdir) / "checkpoints"
+
+
 def check_name(path: str | os.PathLike) -> None:
   """Refuses a folder from which no step could be read again.
 

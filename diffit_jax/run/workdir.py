@@ -10,34 +10,7 @@ from ml_collections import config_dict
 
 from diffit_jax import whole
 from diffit_jax.errors import UserError
-from diffit_jax.run import buckets
-from diffit_jax.run.checkpoint import list_steps
-
-# What decides a run's numbers. Mesh, logging, intervals, sampler and total
-# steps may change from one start to the next.
-FIXED = (
-  "seed",
-  "batch_size",
-  "data",
-  "autoencoder",
-  "model",
-  "matmul_precision",
-  "diffusion",
-  "optimizer",
-  "ema",
-)
-
-# Fields that came later, with what runs before them had in their place.
-ADDED = (
-  ("model", "time_in", "tmsa"),
-  ("model", "embedding", "positional"),
-  ("diffusion", "precond", "edm"),
-)
-
-# How the model is computed, but for rounding not what.
-FREE_IN_MODEL = ("remat", "attention")
-
-DATA = "data_identity"  # key of config.json: what the data set really was
+from diffit_jax.run import buckets, identity, storage
 
 
 def path_of(workdir: str | os.PathLike) -> epath.Path:
@@ -94,7 +67,7 @@ def check(
     UserError: names the fields that differ.
   """
   path = path_of(workdir) / "config.json"
-  if not list_steps(workdir):
+  if not storage.list_steps(storage.checkpoints(workdir)):
     return  # nothing was made with whatever config stands there
   if not path.exists():
     raise UserError(
@@ -107,19 +80,7 @@ def check(
       f"{path} is damaged ({error}): delete it and the checkpoints, or use"
       " another --workdir"
     ) from error
-  new = json.loads(config.to_json_best_effort())
-  for model in (old.get("model", {}), new["model"]):
-    for field in FREE_IN_MODEL:
-      model.pop(field, None)
-  for section, field, value in ADDED:
-    if section in old and field in new[section]:
-      old[section].setdefault(field, value)
-  fixed = (*FIXED, *([DATA] if data else []))
-  new[DATA] = dict(data or {})
-  different = _differences(
-    {field: old.get(field) for field in fixed},
-    {field: new.get(field) for field in fixed},
-  )
+  different = identity.differences(old, identity.resolve(config, data))
   if different:
     raise UserError(
       f"{workdir} holds another run: {'; '.join(different[:10])}; use"
@@ -133,22 +94,8 @@ def enter(
   """Checks the folder and writes `config.json`; arguments as in `check`."""
   check(workdir, config, data)
   path = path_of(workdir) / "config.json"
-  resolved = json.loads(config.to_json_best_effort())
-  resolved[DATA] = dict(data)
+  resolved = identity.resolve(config, data)
   text = json.dumps(resolved, indent=2, sort_keys=True) + "\n"
   with writing(workdir):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text.encode())
-
-
-def _differences(old, new, path: str = "") -> list[str]:
-  """["model.dropout is 0.1 there and 0.2 here", ..] for unequal leaves."""
-  if isinstance(old, dict) and isinstance(new, dict):
-    return [
-      text
-      for key in sorted(old.keys() | new.keys())
-      for text in _differences(
-        old.get(key), new.get(key), f"{path}.{key}" if path else key
-      )
-    ]
-  return [] if old == new else [f"{path} is {old!r} there and {new!r} here"]
