@@ -1,5 +1,6 @@
 """What one accelerator says about the project, for docs/gpu.md.
 
+The files, from what is run to what is written:
   stages.py      the stages in their order of worth, with caps on their time
   __main__.py    runs them, each in a process of its own
   child.py       that process

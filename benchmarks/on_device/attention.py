@@ -55,9 +55,7 @@ class Layer:
     """Forward, with gradients, and with the table that the bias comes from."""
     b, heads, n, width = self.shape
     draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
-    *qkv, weight = (
-      draw(i, *self.shape).astype(jnp.bfloat16) for i in range(4)
-    )
+    *qkv, weight = (draw(i, *self.shape).astype(jnp.bfloat16) for i in range(4))
     bias = draw(4, heads, n, n)
     table = draw(5, (2 * self.side - 1) ** 2, heads)
     loss = lambda *args: jnp.sum(

@@ -13,7 +13,13 @@ from diffit_jax.parallel import platforms
 
 GIB = 2**30
 # Sizes of the latent model for a CPU.
-TINY = {"model.hidden_dim": 32, "model.depth": 2, "model.num_heads": 2}
+TINY = {
+  "data.resolution": 8,
+  "model.input_size": 8,
+  "model.hidden_dim": 32,
+  "model.depth": 2,
+  "model.num_heads": 2,
+}
 
 
 def first() -> jax.Device:

@@ -60,9 +60,7 @@ def inception_features(record: rows.Record) -> None:
     shape = (batch, side, side, 3)
     images = jax.random.randint(jax.random.key(0), shape, 0, 256)
     params = jax.device_put(extractor.params)
-    return times(
-      jax.jit(extractor.apply), params, images.astype(jnp.uint8)
-    )
+    return times(jax.jit(extractor.apply), params, images.astype(jnp.uint8))
 
   about = {"image": f"{side}x{side}", "batch": batch, "precision": "highest"}
   record.attempt("features", measure, **about)

@@ -25,6 +25,18 @@ machine is measured, even where it has more.
   "default" (TF32 on NVIDIA), "high" and "highest" (`jax.lax.Precision`).
 - Nothing is compared across cards, commits or days.
 """
+HOW = """Each adds its rows to docs/gpu.json and writes this page anew. On a machine that
+keeps nothing, add `--out=DIR` and `--commit=NAME`, fetch DIR/rows.jsonl, and
+add it here: `python -m benchmarks.on_device --stages= --merge=rows.jsonl`.
+`--tiny` runs the same programs on a CPU, and writes no page.
+
+JAX, Flax, Optax, Orbax, einops, safetensors, scipy and ml_collections are
+needed; for `torch` a Python with PyTorch (`--torch_python`); and for `digits`
+all that the project installs.
+
+Every stage is a process of its own, which is ended when its time is over. They
+run in the order of their worth, and one that finds no time left is not begun.
+"""
 NOT_YET = "Not yet run on any accelerator."
 _HIDDEN = {"stage", "table", *rows.GROUP}
 _REASONS = ("skipped", "error")
@@ -50,16 +62,7 @@ def how_to_run() -> str:
       f"    --stages={names}",
     ]
   lines += [
-    "```\n",
-    "Each command adds its rows to docs/gpu.json and writes this page anew. On"
-    " a machine that keeps nothing, add `--out=DIR` and `--commit=NAME`, fetch"
-    " DIR/rows.jsonl, and add it here by `--merge=rows.jsonl`. `--tiny` runs"
-    " all of it on a CPU, and writes no page. Needed are JAX, Flax, Optax,"
-    " Orbax, ml_collections, einops and safetensors; PyTorch for `torch`; and"
-    " all that the project installs for `digits`.\n",
-    "Every stage is a process of its own, which is ended when its time is over."
-    " The order is that of their worth: a stage that finds no time left is not"
-    " begun.\n",
+    f"```\n\n{HOW}",
   ]
   table = [
     {"stage": stage.name, "at most s": stage.cap, "measures": stage.what}
@@ -225,9 +228,7 @@ def _ratios(
     *same: columns in which they agree.
   """
   of = lambda row: tuple(row.get(name) for name in (*same, "batch", "steps"))
-  bases = {
-    of(r): r[column] for r in found if r.get(by) == base and column in r
-  }
+  bases = {of(r): r[column] for r in found if r.get(by) == base and column in r}
   return [
     f"{', '.join(f'{k} {row[k]}' for k in same)}: {by} {row[by]} takes"
     f" {row[column] / bases[of(row)]:.3f} of the {column} of {base}."

@@ -71,20 +71,16 @@ def measure(record: rows.Record) -> None:
 def find_backend(record: rows.Record, batch: int) -> SDPBackend | None:
   """The fastest form of SDPA for forward pass and gradients, with the bias."""
   found = {}
-
-  def run(name):
-    found[name] = time_backend(SDPBackend[name], batch, record.is_tiny)
-    return {"ms": 1e3 * found[name]}
-
   for name in BACKENDS:
-    about = {"backend": name, "batch": batch, "precision": "bfloat16"}
+    backend = getattr(SDPBackend, name)
     try:
-      columns = run(name)
-    except RuntimeError as error:  # "No available kernel", on the way we ask
+      found[backend] = time_backend(backend, batch, record.is_tiny)
+      columns = {"ms": 1e3 * found[backend]}
+    except RuntimeError as error:  # no such kernel, or none for these tensors
       columns = {"skipped": rows.first_lines(error)}
+    about = {"backend": name, "batch": batch, "precision": "bfloat16"}
     record.add("SDPA with a bias", table="SDPA", **about, **columns)
-  fastest = min(found, key=found.get, default=None)
-  return fastest and SDPBackend[fastest]
+  return min(found, key=found.get, default=None)
 
 
 def time_backend(backend: SDPBackend, batch: int, is_tiny: bool) -> float:

@@ -149,10 +149,13 @@ def make_batch(config: config_dict.ConfigDict) -> dict[str, np.ndarray]:
 
 def train_latent(record: rows.Record, name: str) -> None:
   trainer, hindrances = Trainer(), device.attentions()
-  for variant in VARIANTS[name]:
-    batch_size = 2 if record.is_tiny else variant.batch_size
+  variants = VARIANTS[name]
+  if record.is_tiny:  # those that differ in more than the batch
+    small = (dataclasses.replace(v, batch_size=2) for v in variants)
+    variants = list({repr(v): v for v in small}.values())
+  for variant in variants:
     fields = {
-      "batch_size": batch_size,
+      "batch_size": variant.batch_size,
       "model.attention": variant.attention,
       "model.remat": variant.remat,
       "model.scan_blocks": variant.scan_blocks,
@@ -161,7 +164,7 @@ def train_latent(record: rows.Record, name: str) -> None:
     about = {
       "attention": variant.attention,
       "remat": variant.remat,
-      "batch": batch_size,
+      "batch": variant.batch_size,
       "blocks": "loop" if variant.scan_blocks else "unrolled",
       "precision": "bfloat16",
     }
