@@ -170,8 +170,8 @@ def test_ratios_are_of_rows_that_are_otherwise_the_same():
   )
   found = [timed("xla", 256, 8.0), timed("cudnn", 256, 2.0)]
   text = page.write([*found, timed("cudnn", 1024, 4.0)])
-  assert "takes 0.250 of the forward ms of xla" in text
-  assert text.count(" of the forward ms of ") == 1
+  assert "tokens 256: forward ms with attention=cudnn is 0.250 times" in text
+  assert text.count("forward ms with") == 1
 
 
 def test_failures_and_what_was_left_out_are_said():
@@ -181,8 +181,8 @@ def test_failures_and_what_was_left_out_are_said():
       row("train512", "imagenet512", {"batch": 8, "skipped": "no GPU"}),
     ]
   )
-  assert "- case process: error: ended after 30 s" in text
-  assert "- case imagenet512, batch 8: skipped: no GPU" in text
+  assert "- process: error: ended after 30 s" in text
+  assert "- imagenet512, batch 8: skipped: no GPU" in text
 
 
 def test_peaks():
@@ -230,10 +230,13 @@ def test_order_and_caps():
 
 
 FAKE = """
-import subprocess, sys, time
+import os, subprocess, sys, time
+
+if "LACKING" in os.environ:
+  import a_package_that_is_not_there
 
 def card():
-  return "fake card"
+  return os.environ.get("CARD", "fake card")
 
 def works(record):
   record.add("one", ms=1.0)
@@ -250,15 +253,19 @@ def overruns(record):
 """
 
 
-def run_fake(folder: pathlib.Path, monkeypatch, name: str, cap: float):
+def run_fake(
+  folder: pathlib.Path, monkeypatch, name: str, cap=60.0, known="unknown", **env
+):
+  """Rows of a function of FAKE, in a process of its own."""
   (folder / "fake_stage.py").write_text(FAKE)
-  monkeypatch.setenv("PYTHONPATH", str(folder))
+  for variable, value in {"PYTHONPATH": str(folder), **env}.items():
+    monkeypatch.setenv(variable, value)
   stage = Stage("fake", f"fake_stage:{name}", 9, 0, "")
-  return driver.run(stage, cap, {**ABOUT, "card": "unknown"}, folder)
+  return driver.run(stage, cap, {**ABOUT, "card": known}, folder)
 
 
 def test_a_stage_that_works(tmp_path, monkeypatch):
-  one, end = run_fake(tmp_path, monkeypatch, "works", 60)
+  one, end = run_fake(tmp_path, monkeypatch, "works")
   assert one == row("fake", "one", {"ms": 1.0}, card="fake card")
   assert end["case"] == rows.PROCESS and end["card"] == "fake card"
   assert "error" not in end
@@ -266,10 +273,27 @@ def test_a_stage_that_works(tmp_path, monkeypatch):
 
 
 def test_a_stage_that_crashes_becomes_a_row(tmp_path, monkeypatch):
-  one, end = run_fake(tmp_path, monkeypatch, "crashes", 60)
+  one, end = run_fake(tmp_path, monkeypatch, "crashes")
   assert one["ms"] == 1.0
   assert end["error"] == "exit code 1: it broke"
   assert "it broke" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_stage_that_lacks_a_package_is_left_out(tmp_path, monkeypatch):
+  env = {"known": "card 7", "LACKING": "1"}
+  one, end = run_fake(tmp_path, monkeypatch, "works", **env)
+  lacking = "cannot import a_package_that_is_not_there"
+  assert (one["skipped"], one["card"]) == (lacking, "card 7")
+  assert "error" not in end
+
+
+def test_without_an_accelerator_nothing_is_measured(tmp_path, monkeypatch):
+  env = {"CARD": "cpu"}
+  with pytest.raises(SystemExit, match="no accelerator is seen.*try --tiny"):
+    run_fake(tmp_path, monkeypatch, "works", **env)
+  env["known"] = "card 7"  # an earlier stage saw one, and this Python does not
+  one, _ = run_fake(tmp_path, monkeypatch, "works", **env)
+  assert "sees no accelerator" in one["skipped"] and one["card"] == "card 7"
 
 
 def test_a_stage_that_overruns_is_ended_with_all_it_started(

@@ -42,7 +42,7 @@ LEAST = 15  # seconds in which a stage can do something
 TINY_CAP = 900
 
 
-def environment(stage: Stage) -> dict[str, str]:
+def environment() -> dict[str, str]:
   """Variables of a stage's process."""
   env = dict(os.environ)
   path = [str(report.ROOT), env.get("PYTHONPATH")]
@@ -83,7 +83,7 @@ def run(
       subprocess.Popen(
         [*command, json.dumps(task)],
         cwd=report.ROOT,
-        env=environment(stage),
+        env=environment(),
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -157,7 +157,7 @@ def main(_) -> None:
   about = {
     "commit": _COMMIT.value or report.commit(),
     "date": datetime.date.today().isoformat(),
-    "card": "unknown",  # until a stage tells it
+    "card": child.UNKNOWN,
     "tiny": _TINY.value,
   }
   end = time.time() + _SECONDS.value

@@ -25,7 +25,8 @@ machine is measured, even where it has more.
   "default" (TF32 on NVIDIA), "high" and "highest" (`jax.lax.Precision`).
 - Nothing is compared across cards, commits or days.
 """
-HOW = """Each adds its rows to docs/gpu.json and writes this page anew. On a machine that
+HOW = """\
+Each adds its rows to docs/gpu.json and writes this page anew. On a machine that
 keeps nothing, add `--out=DIR` and `--commit=NAME`, fetch DIR/rows.jsonl, and
 add it here: `python -m benchmarks.on_device --stages= --merge=rows.jsonl`.
 `--tiny` runs the same programs on a CPU, and writes no page.
@@ -95,16 +96,22 @@ def _stage(stage, found: list[dict], group: list[dict]) -> str:
   for table in tables.values():
     table = [shown(row, group) for row in table]
     if stage.name == "machine":
-      parts += [f"- {k}: {v}" for row in table for k, v in row.items()] + [""]
+      own = [(k, v) for row in table for k, v in row.items() if k != "case"]
+      parts += [f"- {k}: {v}" for k, v in own]
     else:
       parts.append(_markdown(table) + "\n")
-  parts += [f"{note}\n" for note in _notes(stage.name, measured, group)]
-  for row in found:
-    if reason := _reason(row):
-      shortened = {k: v for k, v in row.items() if k not in _REASONS}
-      about = ", ".join(f"{k} {v}" for k, v in _visible(shortened).items())
-      parts.append(f"- {about}: {reason}\n")
-  return "\n".join(parts)
+  notes = _notes(stage.name, measured, group)
+  notes += [said for row in found if (said := without_figure(row))]
+  return "\n".join([*parts, *(f"- {note}" for note in notes), ""])
+
+
+def without_figure(row: dict) -> str | None:
+  """What a row is and why it has no figure; None of one that has."""
+  if not (reason := _reason(row)):
+    return None
+  own = {k: v for k, v in _visible(row).items() if k not in (*_REASONS, "case")}
+  about = [row["case"], *(f"{k} {v}" for k, v in own.items())]
+  return f"{', '.join(about)}: {reason}"
 
 
 def _reason(row: dict) -> str | None:
@@ -230,8 +237,8 @@ def _ratios(
   of = lambda row: tuple(row.get(name) for name in (*same, "batch", "steps"))
   bases = {of(r): r[column] for r in found if r.get(by) == base and column in r}
   return [
-    f"{', '.join(f'{k} {row[k]}' for k in same)}: {by} {row[by]} takes"
-    f" {row[column] / bases[of(row)]:.3f} of the {column} of {base}."
+    f"{', '.join(f'{k} {row[k]}' for k in same)}: {column} with {by}={row[by]}"
+    f" is {row[column] / bases[of(row)]:.3f} times that with {by}={base}."
     for row in found
     if column in row and row.get(by) not in (base, None) and of(row) in bases
   ]
