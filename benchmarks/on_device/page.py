@@ -31,9 +31,9 @@ keeps nothing, add `--out=DIR` and `--commit=NAME`, fetch DIR/rows.jsonl, and
 add it here: `python -m benchmarks.on_device --stages= --merge=rows.jsonl`.
 `--tiny` runs the same programs on a CPU, and writes no page.
 
-JAX, Flax, Optax, Orbax, einops, safetensors, scipy and ml_collections are
-needed; for `torch` a Python with PyTorch (`--torch_python`); and for `digits`
-all that the project installs.
+JAX, Flax, Optax, Orbax, einops, safetensors and ml_collections are needed; for
+`torch` a Python with PyTorch (`--torch_python`); and for `digits` all that the
+project installs.
 
 Every stage is a process of its own, which is ended when its time is over. They
 run in the order of their worth, and one that finds no time left is not begun.
@@ -62,9 +62,7 @@ def how_to_run() -> str:
       f"python -m benchmarks.on_device --seconds={seconds} \\",
       f"    --stages={names}",
     ]
-  lines += [
-    f"```\n\n{HOW}",
-  ]
+  lines.append(f"```\n\n{HOW}")
   table = [
     {"stage": stage.name, "at most s": stage.cap, "measures": stage.what}
     for stage in STAGES.values()
