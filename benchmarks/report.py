@@ -10,7 +10,7 @@ in `__main__.py`, and nothing else.
 from collections.abc import Callable
 import dataclasses
 import datetime
-import importlib.metadata
+from importlib import metadata
 import json
 import os
 import pathlib
@@ -70,16 +70,39 @@ def _cell(value) -> str:
   return f"{value:,}" if type(value) is int else str(value)
 
 
-def machine(packages: tuple[str, ...] = PACKAGES) -> dict:
-  """What the figures were made on; starts no backend."""
+def installed(packages: tuple[str, ...]) -> tuple[str, ...]:
+  """Those of the packages that are there."""
+
+  def is_there(name):
+    try:
+      return bool(metadata.version(name))
+    except metadata.PackageNotFoundError:
+      return False
+
+  return tuple(filter(is_there, packages))
+
+
+def machine(packages: tuple[str, ...] = PACKAGES, device=None) -> dict:
+  """What the figures were made on; starts no backend.
+
+  Args:
+    packages: whose versions matter.
+    device: jax.Device that was measured, if it is another than the CPU.
+  """
+  about = {}
+  if device is not None:
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    about = {"card": device.device_kind, "platform": device.platform}
+    about["memory for JAX, GiB"] = limit and round(limit / 2**30, 1)
   return {
+    **about,
     "cpu": _cpu_model(),
     "cores": os.cpu_count(),
     "load": round(os.getloadavg()[0], 1),
     "jax_platforms": os.environ.get("JAX_PLATFORMS", ""),
     "python": platform.python_version(),
-    **{name: importlib.metadata.version(name) for name in packages},
-    "commit": _commit(),
+    **{name: metadata.version(name) for name in packages},
+    "commit": commit(),
     "date": datetime.date.today().isoformat(),
   }
 
@@ -93,7 +116,8 @@ def _cpu_model() -> str:
   return f"{platform.machine()} {''.join(names[:1]).strip()}".strip()
 
 
-def _commit() -> str:
+def commit() -> str:
+  """Short name of the project's commit, "unknown" outside of git."""
   git = lambda *args: subprocess.run(
     ["git", *args], cwd=ROOT, capture_output=True, text=True
   ).stdout.strip()

@@ -45,7 +45,8 @@ class Attention(nn.Module):
     qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7)
     q, k, v = qkv.reshape(3, -1, self.num_heads, p * p, qkv.shape[-1])
     bias = self.relative_position_bias_table[self.relative_position_index]
-    bias = bias.permute(2, 0, 1)[None]
+    # In order: with keys far apart, CUDA's fused kernels refuse it.
+    bias = bias.permute(2, 0, 1)[None].contiguous()
     if self.use_sdpa:
       x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     else:

@@ -3,6 +3,7 @@
 Equations and their sources are in diffit_jax/diffusion/adm.py and edm.py.
 """
 
+import functools
 import math
 
 import torch
@@ -10,23 +11,22 @@ import torch
 BETAS = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
 
 
-def _tables():
+@functools.cache
+def tables(device):
+  """{name: [1000] float32}, on the device that indexes them."""
   abar = (1 - BETAS).cumprod(0)
   before = torch.cat([abar.new_ones(1), abar[:-1]])
   variance = BETAS * (1 - before) / (1 - abar)
   variance[0] = variance[1]
   c1 = BETAS * before.sqrt() / (1 - abar)
-  tables = {
+  found = {
     "signal": abar.sqrt(),
     "noise": (1 - abar).sqrt(),
     "log_beta": BETAS.log(),
     "log_variance": variance.log(),
     "mean": c1 * (1 / abar - 1).sqrt(),
   }
-  return {name: table.float() for name, table in tables.items()}
-
-
-TABLES = _tables()
+  return {name: table.float().to(device) for name, table in found.items()}
 
 
 def _cdf(x):
@@ -35,7 +35,10 @@ def _cdf(x):
 
 def adm_loss(network, x_0, t, labels, noise):
   """[b] losses of latents [b, c, h, w] with eps and v from the network."""
-  at = {name: table[t][:, None, None, None] for name, table in TABLES.items()}
+  at = {
+    name: table[t][:, None, None, None]
+    for name, table in tables(t.device).items()
+  }
   out = network(at["signal"] * x_0 + at["noise"] * noise, t, labels)
   eps, v = out.chunk(2, 1)
   mse = (noise - eps).square().mean((1, 2, 3))

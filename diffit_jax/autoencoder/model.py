@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 
 LOGVAR_RANGE = (-30.0, 20.0)
-_PRECISION = jax.lax.Precision.HIGHEST
+PRECISION = jax.lax.Precision.HIGHEST
 
 
 def conv(features: int, kernel_size: int, name: str | None = None, **kwargs):
@@ -43,14 +43,14 @@ def conv(features: int, kernel_size: int, name: str | None = None, **kwargs):
     features,
     (kernel_size, kernel_size),
     **{"padding": kernel_size // 2, **kwargs},
-    precision=_PRECISION,
+    precision=PRECISION,
     name=name,
   )
 
 
 def dense(features: int, name: str) -> nn.Dense:
   """A linear map with bias over the last axis."""
-  return nn.Dense(features, precision=_PRECISION, name=name)
+  return nn.Dense(features, precision=PRECISION, name=name)
 
 
 def group_norm(num_groups: int, name: str) -> nn.GroupNorm:
@@ -96,9 +96,9 @@ class Attention(nn.Module):
     q, k, v = (
       dense(channels, name)(tokens) for name in ("to_q", "to_k", "to_v")
     )
-    logits = jnp.einsum("bqc,bkc->bqk", q, k, precision=_PRECISION)
+    logits = jnp.einsum("bqc,bkc->bqk", q, k, precision=PRECISION)
     weights = nn.softmax(logits * channels**-0.5)  # [b, n, n]
-    out = jnp.einsum("bqk,bkc->bqc", weights, v, precision=_PRECISION)
+    out = jnp.einsum("bqk,bkc->bqc", weights, v, precision=PRECISION)
     out = dense(channels, "to_out_0")(out)
     return x + einops.rearrange(out, "b (h w) c -> b h w c", h=height)
 
