@@ -13,8 +13,8 @@ import numpy as np
 
 from benchmarks.on_device import device, rows
 from diffit_jax.parallel import mesh as mesh_lib
+from diffit_jax.run import state as state_lib
 from diffit_jax.training import program as program_lib
-from diffit_jax.training import state as state_lib
 
 card = device.card
 
