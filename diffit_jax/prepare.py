@@ -30,6 +30,7 @@ The data set is called NAME, or --name, and lies in DATA_DIR/NAME/VERSION;
 same settings stays; a killed run leaves nothing that training would read.
 """
 
+import importlib
 import pathlib
 import re
 import signal
@@ -38,6 +39,7 @@ from typing import Any
 from absl import flags, logging
 
 from diffit_jax import cli, interrupt
+from diffit_jax.data.builders import KINDS
 from diffit_jax.data.dataset import default_data_dir
 from diffit_jax.data.transforms import CROPS
 from diffit_jax.errors import UserError
@@ -111,32 +113,17 @@ _OVERWRITE = flags.DEFINE_boolean(
   "overwrite", False, "Make the data set anew even if it is there."
 )
 
-_FLAGS_OF = {  # the flags that each builder listens to, beside the common ones
-  "digits": ["encoding"],
-  "cifar10": ["source"],
-  "ffhq64": ["source", "name", "max_bad_fraction", "encoding"],
-  "image_folder": [
-    *["source", "name", "max_bad_fraction", "encoding"],
-    *["resolution", "crop"],
-  ],
-  "imagenet_latents": [
-    *["source", "name", "resolution", "max_bad_fraction"],
-    *["vae", "latent_dtype", "batch_size", "num_shards", "shard"],
-  ],
-}
-
-
-def main(builder: str) -> int | None:
+def main(kind: str) -> int | None:
   signal.signal(signal.SIGTERM, interrupt.on_signal)  # tidy up, as ^C
-  _check_flags(builder)
+  _check_flags(kind)
   data_dir = _DATA_DIR.value or default_data_dir()
-  if builder == "imagenet_latents":
+  if kind == "imagenet_latents":
     return _prepare_latents(data_dir)
   # TFDS takes a second to import: not before --help or a mistake.
   from diffit_jax.data import preparation
 
   directory = preparation.prepare(
-    **_recipe(builder, data_dir),
+    **_recipe(kind),
     data_dir=data_dir,
     overwrite=_OVERWRITE.value,
   )
@@ -242,49 +229,30 @@ def _part() -> tuple[int, int]:
   return int(match[1]), int(match[2])
 
 
-def _recipe(builder: str, data_dir: str) -> dict[str, Any]:
+def _recipe(kind: str) -> dict[str, Any]:
   """What to make, from the flags."""
-  from diffit_jax.data.builders import cifar10, digits, ffhq64, image_folder
-
-  options = {
-    "name": _NAME.value or builder,
-    "max_bad_fraction": _MAX_BAD_FRACTION.value,
-    "encoding": _ENCODING.value,
-  }
-  if builder == "digits":
-    return digits.recipe(encoding=_ENCODING.value)
-  if builder == "cifar10":
-    return cifar10.recipe(data_dir, source=_SOURCE.value)
-  if builder == "ffhq64":
-    return ffhq64.recipe(_SOURCE.value, **options)
-  return image_folder.recipe(
-    _SOURCE.value,
-    resolution=_RESOLUTION.value,
-    crop=_CROP.value,
-    **options,
-  )
+  options = {flag: flags.FLAGS[flag].value for flag in KINDS[kind].takes}
+  if "name" in options:
+    options["name"] = _NAME.value or kind
+  module = importlib.import_module(f"diffit_jax.data.builders.{kind}")
+  return module.recipe(**options)
 
 
-def _check_flags(builder: str) -> None:
+def _check_flags(kind: str) -> None:
   """Raises a UserError for flags that are missing, useless or out of range."""
-  if builder not in _FLAGS_OF:
+  if kind not in KINDS:
     raise UserError(
-      f"unknown data set {builder!r}: choose from {', '.join(_FLAGS_OF)}"
+      f"unknown data set {kind!r}: choose from {', '.join(KINDS)}"
     )
-  known = _FLAGS_OF[builder]
-  for flag in sorted({flag for each in _FLAGS_OF.values() for flag in each}):
-    if flags.FLAGS[flag].present and flag not in known:
-      raise UserError(f"{builder} takes no --{flag}")
-  if "name" in known and not _SOURCE.value:
-    raise UserError(f"{builder} needs --source=FOLDER_OR_ZIP")
-  if "vae" in known and not _VAE.value:
-    raise UserError(
-      f"{builder} needs --vae=FOLDER, a VAE as diffusers saves it"
-    )
-  if "resolution" in known and (_RESOLUTION.value or 0) < 1:
-    raise UserError(
-      f"{builder} needs a --resolution of 1 or more, not {_RESOLUTION.value}"
-    )
+  takes, needs = KINDS[kind].takes, KINDS[kind].needs
+  for flag in sorted({flag for each in KINDS.values() for flag in each.takes}):
+    if flags.FLAGS[flag].present and flag not in takes:
+      raise UserError(f"{kind} takes no --{flag}")
+  for flag, value in needs.items():
+    if flags.FLAGS[flag].value in (None, ""):
+      raise UserError(f"{kind} needs --{flag}={value}")
+  if _RESOLUTION.value is not None and _RESOLUTION.value < 1:
+    raise UserError(f"--resolution={_RESOLUTION.value} must be at least 1")
   _part()
   if _NAME.value and not re.fullmatch(r"[a-z][a-z0-9_]*", _NAME.value):
     raise UserError(

@@ -73,10 +73,10 @@ def test_the_named_folder_is_what_the_config_asks_for(tmp_path):
     (["cifar10", "--encoding=raw"], "cifar10 takes no --encoding"),
     (["digits", "--encoding=jpeg"], "--encoding"),
     (["ffhq64"], "ffhq64 needs --source=FOLDER_OR_ZIP"),
-    (["image_folder", "--source=x"], "needs a --resolution of 1 or more"),
+    (["image_folder", "--source=x"], "image_folder needs --resolution=SIDE"),
     (
       ["image_folder", "--source=x", "--resolution=0"],
-      "needs a --resolution of 1 or more, not 0",
+      "--resolution=0 must be at least 1",
     ),
     (
       ["image_folder", "--source=x", "--resolution=8", "--name=../x"],

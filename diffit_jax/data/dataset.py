@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from diffit_jax import paths
+from diffit_jax.data import builders
 from diffit_jax.data.records import Records, encoding_of
 from diffit_jax.errors import UserError
 
@@ -141,7 +142,7 @@ def open_dataset(
       f"no prepared data set {name!r} in {data_dir}; make it with: {command}"
     )
   if read_metadata(directory).get("kind") == "latent":
-    command = prepare_command(name, data_dir, builder="imagenet_latents")
+    command = prepare_command(name, data_dir, kind="imagenet_latents")
   import tensorflow_datasets as tfds  # a second to import: only when it is used
 
   try:
@@ -170,7 +171,7 @@ def open_dataset(
   if not _is_latent(features) and not _has_images(features, any_size):
     raise UserError(
       f"data set {directory} has no images of one size; prepare them with:"
-      f" {prepare_command(name, data_dir, builder='image_folder')}"
+      f" {prepare_command(name, data_dir, kind='image_folder')}"
     )
   return _open(builder, split, directory)
 
@@ -178,23 +179,12 @@ def open_dataset(
 def prepare_command(
   name: str,
   data_dir: str | None,
-  builder: str | None = None,
-  resolution: int | str = "SIDE",
+  kind: str | None = None,
+  resolution: int | None = None,
 ) -> str:
-  """The command line that makes a data set of that name."""
+  """`builders.command`; None for `data_dir` is the default folder."""
   data_dir = data_dir or default_data_dir()
-  known = ("digits", "cifar10", "ffhq64", "image_folder", "imagenet_latents")
-  builder = builder or (name if name in known else "image_folder")
-  command = f"python -m diffit_jax.prepare {builder}"
-  if builder in ("ffhq64", "image_folder"):
-    command += " --source=FOLDER_OR_ZIP"
-  if builder == "imagenet_latents":
-    command += " --source=FOLDER_OR_ZIP_OR_NAME --vae=FOLDER"
-  if builder in ("image_folder", "imagenet_latents"):
-    command += f" --resolution={resolution}"
-  if builder != name:
-    command += f" --name={name}"
-  return f"{command} --data_dir={data_dir}"
+  return builders.command(name, data_dir, kind, resolution)
 
 
 def check_matches(

@@ -47,7 +47,7 @@ def prepare(
   settings: dict[str, Any],
   source: str,
   overwrite: bool = False,
-  download_dir: str | None = None,
+  keep_downloads: bool = False,
   manual_dir: str | None = None,
   encoding: str | None = None,
 ) -> pathlib.Path:
@@ -62,7 +62,7 @@ def prepare(
       if it was made with equal ones.
     source: what the images come from, in words, for the metadata.
     overwrite: whether to make it anew whatever is there.
-    download_dir: where TFDS keeps downloads; None where nothing is downloaded.
+    keep_downloads: whether downloads stay, in `data_dir/downloads`.
     manual_dir: where TFDS finds downloads made by hand.
     encoding: the one of `transforms.ENCODINGS` that the user asked for, if any;
       no setting, for the pixels are the same.
@@ -97,10 +97,13 @@ def prepare(
         return existing
       existing = dataset_lib.find_directory(name, data_dir)
       builder = make_builder(str(staging))
+      downloads = (
+        pathlib.Path(data_dir) if keep_downloads else staging
+      ) / "downloads"
       with contextlib.redirect_stdout(None):  # TFDS's own messages
         tfds.disable_progress_bar()
         builder.download_and_prepare(
-          download_dir=download_dir or staging / "downloads",
+          download_dir=downloads,
           download_config=tfds.download.DownloadConfig(
             manual_dir=manual_dir, try_download_gcs=False
           ),

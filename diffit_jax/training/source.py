@@ -42,11 +42,11 @@ def open_training_set(
       "data.content='images' needs the VAE that encodes them: give its"
       " diffusers folder as --vae=..., or train from prepared latents"
     )
-  pixels, builder = side, None
+  pixels, kind = side, None
   if config.diffusion.kind == "adm":
     pixels *= config.autoencoder.down_factor
-    builder = None if encodes else "imagenet_latents"
-  command = dataset_lib.prepare_command(data.name, data_dir, builder, pixels)
+    kind = None if encodes else "imagenet_latents"
+  command = dataset_lib.prepare_command(data.name, data_dir, kind, pixels)
   dataset = pipeline.open_dataset(
     data.name, data_dir, data.split, command=command
   )

@@ -334,7 +334,7 @@ def test_cifar10_by_tfds_from_its_genuine_layout(tmp_path, monkeypatch):
       add(f"{name}.bin", rows.tobytes())
       expected += list(rows[:, 1:].reshape(2, 3, 32, 32).transpose(0, 2, 3, 1))
       labels += rows[:, 0].tolist()
-  recipe = cifar10.recipe(str(tmp_path), source=str(archive))
+  recipe = cifar10.recipe(source=str(archive))
   # It is not the published file, and TFDS says so ...
   with pytest.raises(UserError, match="cannot make .* has wrong checksum"):
     _prepare(recipe, tmp_path)
@@ -361,11 +361,11 @@ def test_cifar10_by_tfds_from_its_genuine_layout(tmp_path, monkeypatch):
 def test_cifar10_without_tensorflow_says_what_to_install(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
   with pytest.raises(UserError, match=r"needs TensorFlow: pip install .*pre"):
-    cifar10.recipe("data")
+    cifar10.recipe()
 
 
 def test_cifar10_wants_the_archive_by_its_name(tmp_path):
   with pytest.raises(UserError, match="takes --source=.../cifar-10-binary"):
-    cifar10.recipe(str(tmp_path), source="cifar-10-python.tar.gz")
+    cifar10.recipe(source="cifar-10-python.tar.gz")
   with pytest.raises(UserError, match="does not exist"):
-    cifar10.recipe(str(tmp_path), source=f"{tmp_path}/cifar-10-binary.tar.gz")
+    cifar10.recipe(source=f"{tmp_path}/cifar-10-binary.tar.gz")

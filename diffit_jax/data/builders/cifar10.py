@@ -11,11 +11,10 @@ from diffit_jax.errors import UserError
 _FILE = "cifar-10-binary.tar.gz"
 
 
-def recipe(data_dir: str, source: str | None = None) -> dict[str, Any]:
+def recipe(source: str | None = None) -> dict[str, Any]:
   """What `preparation.prepare` needs to know to make CIFAR-10.
 
   Args:
-    data_dir: where data sets live; a download is kept in its `downloads`.
     source: the archive, where it was fetched by hand; TFDS compares its
       checksum with the published one. None downloads it.
   """
@@ -35,7 +34,7 @@ def recipe(data_dir: str, source: str | None = None) -> dict[str, Any]:
     "name": "cifar10",
     "settings": {"builder": "tensorflow_datasets/cifar10"},
     "source": source or f"https://www.cs.toronto.edu/~kriz/{_FILE}",
-    "download_dir": None if source else os.path.join(data_dir, "downloads"),
+    "keep_downloads": source is None,
     "manual_dir": folder,
   }
 
