@@ -1,7 +1,8 @@
 """Stage `goldens`: the device's numbers beside float64 on the CPU.
 
-A small latent model with made-up weights: output, loss, gradient of all
-parameters, and that of the attention's bias, which fused kernels get wrong.
+Latent models with made-up weights, a small one and XL/2 of depth 4: output,
+loss, gradient of all parameters, and that of the attention's bias, which fused
+kernels get wrong.
 """
 
 import functools
@@ -16,9 +17,14 @@ from diffit_jax.models import LatentDiffiT, latent
 
 card = device.card
 
-SIZES = dict(
-  input_size=16, hidden_dim=144, depth=4, num_heads=2, num_classes=10
-)
+NETWORKS = {
+  "small": dict(
+    input_size=16, hidden_dim=144, depth=4, num_heads=2, num_classes=10
+  ),
+  "XL/2, depth 4": dict(
+    input_size=32, hidden_dim=1152, depth=4, num_heads=16, num_classes=1000
+  ),
+}
 # Case -> (dtype of the blocks, precision of products, fields of the model).
 CASES = {
   "float32, highest": (jnp.float32, "highest", {}),
@@ -35,7 +41,13 @@ CASES = {
 
 
 def measure(record: rows.Record) -> None:
-  model = LatentDiffiT(**SIZES)
+  for network in ("small",) if record.is_tiny else NETWORKS:
+    measure_network(record, network)
+
+
+def measure_network(record: rows.Record, network: str) -> None:
+  """One row for each case."""
+  model = LatentDiffiT(**NETWORKS[network])
   params, inputs = make_inputs(model)
   run = jax.jit(outputs, static_argnums=(0, 1))
   to_64 = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
@@ -47,21 +59,20 @@ def measure(record: rows.Record) -> None:
   for name, (dtype, precision, fields) in CASES.items():
     reason = device.attentions()[fields.get("attention", "xla")]
     if reason:
-      record.add(name, skipped=reason)
+      record.add(name, network=network, skipped=reason)
       continue
     compare = functools.partial(
       errors, run, model.clone(dtype=dtype, **fields), precision, params,
       inputs, exact,
     )  # fmt: skip
-    record.attempt(name, compare)
+    record.attempt(name, compare, network=network)
 
 
 def make_inputs(model: LatentDiffiT) -> tuple[dict, dict]:
   """Weights and a batch, float32, all drawn by numpy."""
   rng = np.random.default_rng(0)
-  init = lambda: model.init(
-    jax.random.key(0), jnp.zeros((1, 16, 16, 4)), jnp.zeros(1)
-  )
+  shape = (4, model.input_size, model.input_size, 4)
+  init = lambda: model.init(jax.random.key(0), jnp.zeros(shape), jnp.zeros(4))
 
   def fill(leaf):
     fan_in = leaf.shape[-2] if len(leaf.shape) > 1 else 100
@@ -70,7 +81,7 @@ def make_inputs(model: LatentDiffiT) -> tuple[dict, dict]:
 
   params = jax.tree.map(fill, jax.eval_shape(init)["params"])
   inputs = {
-    name: rng.standard_normal((4, 16, 16, 4), np.float32)
+    name: rng.standard_normal(shape, np.float32)
     for name in ("x", "noise")
   }
   inputs["t"] = np.array([3, 250, 700, 999], np.int32)
