@@ -1,4 +1,4 @@
-"""Problems with known answers for the latent solvers, from facts 4.1 alone."""
+"""Problems with known answers for the latent solvers, from ADM tables alone."""
 
 import functools
 

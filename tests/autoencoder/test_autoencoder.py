@@ -83,7 +83,7 @@ def images(num, height=8, width=8, channels=3):
   return x.astype(np.float32)
 
 
-# An independent forward in float64 and PyTorch's layout, from facts §8.
+# An independent forward in float64 and PyTorch's layout, from the architecture.
 
 
 def np_conv(w, name, x, stride=1, pad=((1, 1), (1, 1))):
@@ -191,7 +191,7 @@ def relative_error(found, wanted):
 
 
 def test_golden_encode(vae):
-  # facts §8; 1e-5: its figures are float32 sums of values of order one.
+  # VAE, GOLDENS.md; 1e-5: its figures are float32 sums of values of order one.
   x = np.sin(0.3 * np.arange(192) + 1).reshape(1, 3, 8, 8)
   mean, logvar = map(nchw, vae.encode(nhwc(x).astype(np.float32)))
   assert mean.sum() == pytest.approx(2.85671556, abs=1e-5)
@@ -248,7 +248,7 @@ def test_logvar_is_clamped_and_mean_is_not(tmp_path, bias, limit):
 
 
 def test_parameter_counts_of_the_sd_vae():
-  # facts §8
+  # VAE in GOLDENS.md
   counts = {
     name: sum(leaf.size for leaf in jax.tree.leaves(part))
     for name, part in autoencoder.abstract_params(AutoencoderKL()).items()

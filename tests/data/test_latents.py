@@ -116,7 +116,7 @@ def _contents(data_dir):
 
 
 def _crop(path: pathlib.Path) -> np.ndarray:
-  """ADM's centre crop, written from its description in facts §10."""
+  """ADM's centre crop, from its description (image files, GOLDENS.md)."""
   image = Image.open(path).convert("RGB")
   while min(image.size) >= 2 * SIDE:
     half = (image.width // 2, image.height // 2)

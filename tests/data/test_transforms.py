@@ -1,4 +1,4 @@
-"""Decoding and resizing against facts §10 and straightforward numpy."""
+"""Decoding and resizing against goldens and straightforward numpy."""
 
 import io
 import struct
@@ -24,7 +24,7 @@ def _pattern(height: int, width: int, dx: int, dy: int) -> Image.Image:
 
 
 def test_lanczos_resize_has_the_golden_values():
-  # facts §10, EDM's FFHQ route, 128 -> 64.
+  # image files in GOLDENS.md, EDM's FFHQ route, 128 -> 64.
   image = np.asarray(transforms.fit(_pattern(128, 128, 3, 2), 64, "edm"))
   assert image.shape == (64, 64, 3)
   assert image[0, 0].tolist() == [3, 43, 83]
@@ -34,7 +34,7 @@ def test_lanczos_resize_has_the_golden_values():
 
 
 def test_adm_crop_has_the_golden_values():
-  # facts §10: one BOX halving, BICUBIC to 16 wide, middle 16 rows.
+  # GOLDENS.md: one BOX halving, BICUBIC to 16 wide, middle 16 rows.
   image = np.asarray(transforms.fit(_pattern(50, 37, 7, 5), 16, "adm"))
   assert image.shape == (16, 16, 3)
   assert image[0, 0].tolist() == [43, 83, 123]

@@ -1,4 +1,4 @@
-"""ADM's tables, respacing and loss: Bayes' rule, facts 4, float64 longhand."""
+"""ADM's tables, respacing and loss: Bayes' rule, goldens, float64 longhand."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def test_posterior_is_bayes_rule(respacing):
   assert s.c2[0] == 0 and s.posterior_variance[0] == 0
 
 
-def test_golden_tables():  # facts 4.1
+def test_golden_tables():  # ADM tables in GOLDENS.md
   assert all(
     getattr(WHOLE, name).dtype == np.float64
     for name in ("betas", "alphas_cumprod", "c1", "c2", "log_betas")
@@ -104,7 +104,7 @@ def test_respacing_keeps_the_noise_levels_it_keeps(name, n):
     )
 
 
-def test_released_indices():  # facts 4.4
+def test_released_indices():  # respacing in GOLDENS.md
   t = adm.make_schedule(1000, 250).timesteps
   np.testing.assert_array_equal(t, adm.make_schedule(1000, "250").timesteps)
   np.testing.assert_array_equal(t, np.rint(np.arange(250) * 999 / 249))
@@ -127,7 +127,7 @@ def test_released_indices():  # facts 4.4
   )
 
 
-def test_released_tables():  # facts 4.4
+def test_released_tables():  # respacing in GOLDENS.md
   s = adm.make_schedule(1000, 250)
   close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-11)
   close(
@@ -250,7 +250,7 @@ def test_training_steps_are_uniform_and_of_their_keys_alone():
 
 @pytest.mark.parametrize(
   "x0, eps, t, output, mse, vb",
-  [  # facts 4.3
+  [  # ADM loss in GOLDENS.md
     ((0.8, -0.6), (0.5, -1), 500, (0.4, -0.7, 0.2, -0.4), 0.05, 3.977315e-4),
     ((0.1, 1.2), (0.25, 2), 0, (0.3, 1.5, -1, 0.6), 0.12625, 0.7902432),
   ],

@@ -1,4 +1,4 @@
-"""The augmentation against facts 5.6 and a float64 twin written from it."""
+"""The augmentation against goldens and a float64 twin written from it."""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def test_nothing_drawn_is_the_image_bit_for_bit():
 @pytest.mark.parametrize("shape", [(16, 16), (64, 64), (9, 20)])
 def test_filters_alone_give_the_image_back(shape):
   # A weight this small makes the map exactly the identity, through every step.
-  # sym6 is orthonormal, so what is left is float32 rounding: facts' 8e-7.
+  # sym6 is orthonormal, so what is left is float32 rounding: the golden's 8e-7.
   x = white(1, *shape, 3)
   out = augment.augment(x, batch(dict(scale=1e-12)))
   assert not np.array_equal(out, x)
@@ -78,7 +78,7 @@ def test_images_do_not_see_each_other():
     np.testing.assert_allclose(together[i], alone[0], atol=2e-6)
 
 
-# --- golden values of facts 5.6 ---------------------------------------------
+# --- golden values: augmentation in GOLDENS.md -------------------------------
 
 GOLDEN = {
   "scale up": (

@@ -1,4 +1,4 @@
-"""EDM's coefficients, noise, loss and ramp against identities and facts 5."""
+"""EDM's coefficients, noise, loss and ramp against identities and goldens."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def test_network_sees_and_answers_unit_variance():
   np.testing.assert_allclose(target_variance, 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize(  # facts 5.1
+@pytest.mark.parametrize(  # EDM in GOLDENS.md
   "sigma, expected",
   [
     (0.1, (0.96153846, 0.098058068, 1.9611613514, -0.5756462732, 104)),

@@ -1,4 +1,4 @@
-"""The guidance rule: limits, the tables of facts 3, and its batching."""
+"""The guidance rule: limits, golden tables, and its batching."""
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ def test_rule_is_float32_and_the_result_has_the_dtype_of_the_prediction():
     assert out.dtype == jnp.float64 and out.item() == 2.0
 
 
-# facts 3: (1 - cos(pi (1 - t/1000)^4)) / 2
+# guidance in GOLDENS.md: (1 - cos(pi (1 - t/1000)^4)) / 2
 BUMP = {
   0: 1,
   1: 0.99996064037,

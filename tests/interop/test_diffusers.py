@@ -34,7 +34,7 @@ OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value"}
 
 
 def expected_shapes(widths, layers, latent):
-  """Every tensor of a diffusers file, written from facts §8."""
+  """Every tensor of a diffusers file, as GOLDENS.md has them (VAE)."""
   shapes = {}
 
   def layer(name, *shape):

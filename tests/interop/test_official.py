@@ -144,7 +144,7 @@ def test_golden_file(golden):
 
 
 def reference_forward(tensors, x, t, label, heads, learn_sigma):
-  """One sample [c, h, w] in float64, from facts 1.3-1.4 on official tensors."""
+  """One sample [c, h, w] in float64, from the equations on official tensors."""
   w = {key: np.asarray(value, np.float64) for key, value in tensors.items()}
   linear = lambda key, v: v @ w[f"{key}.weight"].T + w[f"{key}.bias"]
   silu = lambda v: v / (1 + np.exp(-v))
@@ -271,7 +271,7 @@ def test_round_trip_is_bit_identical(tmp_path, sizes, unrolled):
   "side, tokens, offsets", [(32, 256, 961), (64, 1024, 3969)]
 )
 def test_released_keys_and_shapes(side, tokens, offsets):
-  """The table of facts section 2: 8 + 12 * 28 + 2 keys."""
+  """The released keys of GOLDENS.md: 8 + 12 * 28 + 2 keys."""
   expected = official_tensors(
     lambda key, shape: 0,
     width=16,

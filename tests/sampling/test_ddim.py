@@ -1,4 +1,4 @@
-"""DDIM: facts 4.5, its ancestral limit, the loop in numpy, order one."""
+"""DDIM: goldens, its ancestral limit, the loop in numpy, order one."""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ from diffit_jax.sampling import ddim
 import vp_problems as vp
 
 
-@pytest.mark.parametrize(  # facts 4.5: x = 0.5, eps = 0.3
+@pytest.mark.parametrize(  # ADM steps in GOLDENS.md: x = 0.5, eps = 0.3
   "k, expected",
-  # At k = 1 facts have 0.49521607, from 1 - abar in float32; this is (1)-(3)
+  # At k = 1 the golden is 0.49521607, from 1 - abar in float32; this is (1)-(3)
   # with numpy's float64 on their tables.
   [(249, 0.50823361), (125, 0.50480080), (1, 0.49521584), (0, 0.49702483)],
 )

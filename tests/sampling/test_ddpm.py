@@ -1,4 +1,4 @@
-"""Ancestral sampling: facts 4.5, the loop in numpy, Gaussian data, keys."""
+"""Ancestral sampling: goldens, the loop in numpy, Gaussian data, keys."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from diffit_jax.sampling import ddpm
 import vp_problems as vp
 
 
-@pytest.mark.parametrize(  # facts 4.5: x = 0.5, eps = 0.3, v = -0.2
+@pytest.mark.parametrize(  # ADM steps, GOLDENS.md: x = 0.5, eps = 0.3, v = -0.2
   "k, t, mean, log_variance",
   [
     (249, 999, 0.49637094, -2.55723),

@@ -31,7 +31,7 @@ def noise_of(seed=0, shape=SHAPE):
 
 
 def test_noise_levels():
-  # facts 5.2
+  # EDM steps in GOLDENS.md
   np.testing.assert_allclose(
     edm_heun.noise_levels(18),
     [
@@ -83,7 +83,7 @@ def test_number_of_evaluations():
   "steps, end", [(18, 0.527624637001), (40, 0.504876864654)]
 )
 def test_toy_value(x64, steps, end):
-  # facts 5.2: D = 0.25 x / (sigma^2 + 0.25) from z = 1
+  # EDM steps in GOLDENS.md: D = 0.25 x / (sigma^2 + 0.25) from z = 1
   x = sampling.sample(
     gaussian(0, 0.5), "edm_heun", jnp.ones((1, 1, 1, 1)), steps=steps
   )
