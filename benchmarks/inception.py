@@ -22,12 +22,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from benchmarks import report, yardstick
-from diffit_jax.evaluation import (
-  inception,
-  inception_weights,
-  load_inception,
-  resize,
-)
+from diffit_jax.evaluation import load_inception
+from diffit_jax.evaluation.features import inception, inception_weights, resize
 from diffit_jax.training import cost
 
 _BATCH = flags.DEFINE_integer("batch_size", 16, "Images per call.", 1)

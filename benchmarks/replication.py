@@ -199,8 +199,9 @@ def score(
   import jax
 
   from diffit_jax import demo
-  from diffit_jax.evaluation import images, job
-  from diffit_jax.evaluation.samples import ImageSamples
+  from diffit_jax.evaluation import job
+  from diffit_jax.evaluation.sets import opening as images
+  from diffit_jax.evaluation.sets.samples import ImageSamples
   from diffit_jax.generation import weights
   from diffit_jax.parallel.mesh import make_mesh
   from diffit_jax.run import storage
@@ -231,8 +232,9 @@ def score(
 def measure(data_dir: str):
   """The Fréchet distance to the real digits."""
   from diffit_jax.evaluation import measure as measure_lib
-  from diffit_jax.evaluation import reference, spaces
   from diffit_jax.evaluation.collector import Collector
+  from diffit_jax.evaluation.features import spaces
+  from diffit_jax.evaluation.sets import references as reference
   from diffit_jax.parallel.mesh import make_mesh
 
   return measure_lib.make_measure(

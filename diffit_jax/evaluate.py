@@ -154,7 +154,7 @@ def _compare(files: list[str]) -> int:
 
 
 def _space():
-  from diffit_jax.evaluation import spaces
+  from diffit_jax.evaluation.features import spaces
 
   return spaces.open_space(_FEATURES.value, _INCEPTION.value, _RESIZE.value)
 
@@ -184,7 +184,8 @@ def _claimed(out: pathlib.Path, is_folder: bool = False):
 
 
 def _build_reference(stop) -> int:
-  from diffit_jax.evaluation import images, measure
+  from diffit_jax.evaluation import measure
+  from diffit_jax.evaluation.sets import opening as images
 
   out = pathlib.Path(_OUT.value)
   measure.require_npz(out)
@@ -197,7 +198,9 @@ def _build_reference(stop) -> int:
 
 
 def _evaluate(stop) -> int:
-  from diffit_jax.evaluation import job, reference, scores, sweep
+  from diffit_jax.evaluation import job, sweep
+  from diffit_jax.evaluation.metrics import scores
+  from diffit_jax.evaluation.sets import references as reference
 
   scores.choose(_METRICS.value, _FEATURES.value)  # a mistake would show late
   name, values = sweep.parse(_SWEEP.value)
@@ -262,8 +265,8 @@ def _num(available: int | None) -> int:
 
 def _images():
   """The function from no value to the images of --samples."""
-  from diffit_jax.evaluation import images
-  from diffit_jax.evaluation.samples import ImageSamples
+  from diffit_jax.evaluation.sets import opening as images
+  from diffit_jax.evaluation.sets.samples import ImageSamples
 
   found = images.open_images(_SAMPLES.value, _DATA_DIR.value, _SPLIT.value)
   return lambda _: ImageSamples(found)
@@ -273,9 +276,9 @@ def _network(mesh, field: str | None):
   """The function from a value of the swept field to a network's samples."""
   from diffit_jax import models
   from diffit_jax.autoencoder.codec import make_codec
-  from diffit_jax.evaluation import images
   from diffit_jax.evaluation.collector import Stopped
-  from diffit_jax.evaluation.samples import ImageSamples, NetworkSamples
+  from diffit_jax.evaluation.sets import opening as images
+  from diffit_jax.evaluation.sets.samples import ImageSamples, NetworkSamples
   from diffit_jax.generation import job, weights
 
   config = config_files.required(_CONFIG) if _CONFIG.value is not None else None

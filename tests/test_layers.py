@@ -156,6 +156,6 @@ def test_training_sampling_and_export_never_import_tensorflow(tmp_path):
     " import diffit_jax.generation.job, diffit_jax.generation.weights,"
     " diffit_jax.interop.files, diffit_jax.run.checkpoint,"
     " diffit_jax.autoencoder.codec, diffit_jax.evaluation.job,"
-    " diffit_jax.evaluation.measure, diffit_jax.evaluation.samples"
+    " diffit_jax.evaluation.measure, diffit_jax.evaluation.sets.samples"
   )
   assert "tensorflow" not in loaded(code)

@@ -1,5 +1,5 @@
 """How good samples are: FID and what goes with it."""
 
-from diffit_jax.evaluation.extractor import load_inception
+from diffit_jax.evaluation.features.extractor import load_inception
 
 __all__ = ["load_inception"]

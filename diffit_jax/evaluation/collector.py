@@ -24,9 +24,9 @@ from jax.sharding import Mesh
 import numpy as np
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.batches import Batches
-from diffit_jax.evaluation.extractor import Extractor
-from diffit_jax.evaluation.statistics import Statistics
+from diffit_jax.evaluation.features.extractor import Extractor
+from diffit_jax.evaluation.metrics.statistics import Statistics
+from diffit_jax.evaluation.sets.batches import Batches
 from diffit_jax.parallel import runtime
 from diffit_jax.parallel.mesh import (
   batch_sharding,

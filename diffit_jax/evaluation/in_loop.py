@@ -16,11 +16,13 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from diffit_jax.evaluation import card, job, scores, spaces
+from diffit_jax.evaluation import card, job
 from diffit_jax.evaluation import measure as measure_lib
-from diffit_jax.evaluation import reference as reference_lib
 from diffit_jax.evaluation.collector import Collector, Stopped
-from diffit_jax.evaluation.samples import NetworkSamples, sample_shape
+from diffit_jax.evaluation.features import spaces
+from diffit_jax.evaluation.metrics import scores
+from diffit_jax.evaluation.sets import references as reference_lib
+from diffit_jax.evaluation.sets.samples import NetworkSamples, sample_shape
 from diffit_jax.generation import weights
 from diffit_jax.parallel import runtime
 from diffit_jax.parallel.mesh import replicated

@@ -12,11 +12,11 @@ import numpy as np
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import card as card_lib
-from diffit_jax.evaluation import classes as classes_lib
-from diffit_jax.evaluation import scores
-from diffit_jax.evaluation.inception_score import SPLIT_SIZE
 from diffit_jax.evaluation.measure import Measure, partial_file, remove_partial
-from diffit_jax.evaluation.samples import Samples
+from diffit_jax.evaluation.metrics import scores
+from diffit_jax.evaluation.metrics.logit_score import SPLIT_SIZE
+from diffit_jax.evaluation.sets import class_matching as classes_lib
+from diffit_jax.evaluation.sets.samples import Samples
 from diffit_jax.parallel import runtime
 
 

@@ -16,14 +16,14 @@ import numpy as np
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import card as card_lib
-from diffit_jax.evaluation import reference as reference_lib
-from diffit_jax.evaluation import scores
-from diffit_jax.evaluation.batches import ImageBatches
 from diffit_jax.evaluation.collector import Collector, PartialFile
-from diffit_jax.evaluation.guard import Guard
-from diffit_jax.evaluation.image_set import Images
-from diffit_jax.evaluation.reference import Reference
-from diffit_jax.evaluation.statistics import Statistics
+from diffit_jax.evaluation.metrics import scores
+from diffit_jax.evaluation.metrics.statistics import Statistics
+from diffit_jax.evaluation.sets import references as reference_lib
+from diffit_jax.evaluation.sets.batches import ImageBatches
+from diffit_jax.evaluation.sets.guard import Guard
+from diffit_jax.evaluation.sets.image_set import Images
+from diffit_jax.evaluation.sets.references import Reference
 from diffit_jax.parallel import runtime
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from diffit_jax import npz
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation import reference
+from diffit_jax.evaluation.sets import references as reference
 
 N, SIDE, D, E = 6, 8, 5, 3  # images, their side, pool and spatial features
 ABOUT = {

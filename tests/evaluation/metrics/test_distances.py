@@ -8,15 +8,15 @@ import pytest
 from scipy import linalg
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation import metrics
 from diffit_jax.evaluation.metrics import (
   InceptionScore,
+  distances,
   frechet_distance,
   inception_score,
   kernel_inception_distance,
   kid_blocks,
 )
-from diffit_jax.evaluation.moments import Moments
+from diffit_jax.evaluation.metrics.moments import Moments
 
 
 def moments_of(x) -> tuple[np.ndarray, np.ndarray]:
@@ -140,9 +140,9 @@ def test_frechet_of_moments_in_float32():
 def test_both_ways_to_factor_agree(n, decay):
   """Every covariance in float64 takes the fast one."""
   sigmas = [moments_of(features(n, 64, seed, decay))[1] for seed in (0, 1)]
-  slow = [metrics._factor_by_eigenvalues(sigma, "") for sigma in sigmas]
-  with mock.patch.object(metrics, "_factor_by_eigenvalues", None):
-    fast = [metrics._factor(sigma, "") for sigma in sigmas]
+  slow = [distances._factor_by_eigenvalues(sigma, "") for sigma in sigmas]
+  with mock.patch.object(distances, "_factor_by_eigenvalues", None):
+    fast = [distances._factor(sigma, "") for sigma in sigmas]
   for factor, other, sigma in zip(fast, slow, sigmas):
     assert factor.shape[1] == other.shape[1] or decay == 4  # at the threshold
     off = np.abs(factor @ factor.T - sigma).max()
@@ -342,15 +342,15 @@ def test_kernel_blocks_are_shuffled():
   y[:, 0] += np.repeat([4, 2, 0], 1000)
   blocks = kid_blocks(x, y)
   error = blocks.std(ddof=1) / np.sqrt(3)
-  aligned = [metrics._unbiased_mmd(x[i::3], y[i::3]) for i in range(3)]
-  unshuffled = metrics._unbiased_mmd(x[:1000], y[:1000])
+  aligned = [distances._unbiased_mmd(x[i::3], y[i::3]) for i in range(3)]
+  unshuffled = distances._unbiased_mmd(x[:1000], y[:1000])
   assert abs(blocks.mean()) < 0.05 * unshuffled
   assert abs(np.mean(aligned)) < 0.05 * unshuffled and error < unshuffled
 
 
 def test_kernel_blocks_hold_every_point_once():
   x = np.arange(1037.0)[:, None]
-  parts = list(metrics._blocks(x, 11, seed=0))
+  parts = list(distances._blocks(x, 11, seed=0))
   assert {len(part) for part in parts} == {94, 95}
   np.testing.assert_array_equal(np.sort(np.concatenate(parts), 0), x)
 

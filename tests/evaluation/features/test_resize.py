@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation import resize
+from diffit_jax.evaluation.features import resize
 
 
 def lerp(row: np.ndarray, i: int, n_out: int, rule: str):

@@ -13,13 +13,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation import extractor as extractor_lib
-from diffit_jax.evaluation import (
-  inception,
-  inception_weights,
-  load_inception,
-  resize,
-)
+from diffit_jax.evaluation import load_inception
+from diffit_jax.evaluation.features import extractor as extractor_lib
+from diffit_jax.evaluation.features import inception, inception_weights, resize
 import inception_fill
 
 # Of the float64 network on `golden_input`, weights of `inception_fill.fill`.

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from diffit_jax.evaluation.classes import Classes
+from diffit_jax.evaluation.sets.class_matching import Classes
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -18,8 +18,9 @@ from diffit_jax.data import dataset as dataset_lib
 from diffit_jax.data import preparation
 from diffit_jax.data.builders import image_folder
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation import image_files, images
-from diffit_jax.evaluation.guard import Guard
+from diffit_jax.evaluation.sets import image_files
+from diffit_jax.evaluation.sets import opening as images
+from diffit_jax.evaluation.sets.guard import Guard
 from diffit_jax.generation import output
 
 N, SIDE = 12, 8

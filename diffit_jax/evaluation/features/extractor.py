@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation import inception, inception_weights
-from diffit_jax.evaluation import resize as resize_lib
+from diffit_jax.evaluation.features import inception, inception_weights
+from diffit_jax.evaluation.features import resize as resize_lib
 
 # CHOICE: images per call where the caller has no mesh. More gain nothing on a
 # CPU.

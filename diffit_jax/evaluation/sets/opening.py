@@ -27,8 +27,8 @@ from diffit_jax import npz
 from diffit_jax.data import dataset as dataset_lib
 from diffit_jax.data import records, sources, transforms
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation import image_files
-from diffit_jax.evaluation.image_set import (
+from diffit_jax.evaluation.sets import image_files
+from diffit_jax.evaluation.sets.image_set import (
   Images,
   as_rgb,
   map_in_threads,

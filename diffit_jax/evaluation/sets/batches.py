@@ -11,8 +11,8 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from diffit_jax.evaluation.guard import Guard
-from diffit_jax.evaluation.image_set import Images
+from diffit_jax.evaluation.sets.guard import Guard
+from diffit_jax.evaluation.sets.image_set import Images
 from diffit_jax.parallel.mesh import batch_sharding, place
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from diffit_jax.data import sources, transforms
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.image_set import Images, map_in_threads, stack
+from diffit_jax.evaluation.sets.image_set import Images, map_in_threads, stack
 
 _HASHED_BYTES = 1 << 30  # folders up to this size are read once when opened
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from diffit_jax.environment import PRNG
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation import inception
+from diffit_jax.evaluation.features import inception
 from diffit_jax.interop import tensors
 
 BN_EPSILON = 0.001

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation import neighbours
-from diffit_jax.evaluation.metrics import precision_recall
+from diffit_jax.evaluation.metrics import neighbours, precision_recall
 from goldens import hfill
 
 

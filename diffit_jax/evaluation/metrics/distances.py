@@ -28,12 +28,12 @@ import numpy as np
 from scipy.linalg import lapack
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation import neighbours
-from diffit_jax.evaluation.inception_score import (
+from diffit_jax.evaluation.metrics import neighbours
+from diffit_jax.evaluation.metrics.logit_score import (
   InceptionScore,
   inception_score,
 )
-from diffit_jax.evaluation.moments import check_features
+from diffit_jax.evaluation.metrics.moments import check_features
 
 __all__ = [
   "InceptionScore",

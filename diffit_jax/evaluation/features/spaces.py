@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.extractor import Extractor, load_inception
+from diffit_jax.evaluation.features.extractor import Extractor, load_inception
 
 SPACES = ("inception", "digits", "pixels")
 _SIDE = 8  # of the averages, and of scikit-learn's digits

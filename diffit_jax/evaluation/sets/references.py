@@ -25,9 +25,9 @@ import numpy as np
 
 from diffit_jax import npz
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation import image_set
-from diffit_jax.evaluation import images as images_lib
-from diffit_jax.evaluation.image_set import Images
+from diffit_jax.evaluation.sets import image_set
+from diffit_jax.evaluation.sets import opening as images_lib
+from diffit_jax.evaluation.sets.image_set import Images
 
 METRICS = ("fid", "sfid", "precision", "recall", "kid")  # against a reference
 SUBSET_SIZE = 10_000  # images that an ADM file holds

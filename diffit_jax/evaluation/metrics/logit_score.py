@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.moments import check_features
+from diffit_jax.evaluation.metrics.moments import check_features
 
 SPLIT_SIZE = 5000
 _CHUNK = 1024  # rows of logits at a time: 8 MiB of float64 for 1008 classes

@@ -10,8 +10,8 @@ import dataclasses
 import numpy as np
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation import metrics
-from diffit_jax.evaluation.statistics import Statistics
+from diffit_jax.evaluation.metrics import distances as metrics
+from diffit_jax.evaluation.metrics.statistics import Statistics
 
 Gaussian = tuple[np.ndarray, np.ndarray]  # mean [d], covariance [d, d]
 

@@ -14,14 +14,14 @@ from jax.sharding import Mesh
 import numpy as np
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.batches import (
+from diffit_jax.evaluation.sets.batches import (
   Batches,
   ImageBatches,
   SampledBatches,
 )
-from diffit_jax.evaluation.classes import Classes
-from diffit_jax.evaluation.guard import Guard
-from diffit_jax.evaluation.image_set import Images, choose_subset
+from diffit_jax.evaluation.sets.class_matching import Classes
+from diffit_jax.evaluation.sets.guard import Guard
+from diffit_jax.evaluation.sets.image_set import Images, choose_subset
 from diffit_jax.generation import generator, job
 from diffit_jax.generation.weights import Weights
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from diffit_jax.evaluation.inception_score import InceptionScore
-from diffit_jax.evaluation.moments import Moments
+from diffit_jax.evaluation.metrics.logit_score import InceptionScore
+from diffit_jax.evaluation.metrics.moments import Moments
 
 
 class Statistics:

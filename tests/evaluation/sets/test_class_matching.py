@@ -11,18 +11,14 @@ from scipy import stats
 from diffit_jax.data import preparation
 from diffit_jax.data.builders import image_folder
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation import (
-  card,
-  image_set,
-  images,
-  job,
-  measure,
-  reference,
-  spaces,
-)
-from diffit_jax.evaluation import classes as classes_lib
+from diffit_jax.evaluation import card, job, measure
 from diffit_jax.evaluation.collector import Collector
-from diffit_jax.evaluation.samples import ImageSamples
+from diffit_jax.evaluation.features import spaces
+from diffit_jax.evaluation.sets import class_matching as classes_lib
+from diffit_jax.evaluation.sets import image_set
+from diffit_jax.evaluation.sets import opening as images
+from diffit_jax.evaluation.sets import references as reference
+from diffit_jax.evaluation.sets.samples import ImageSamples
 from diffit_jax.parallel.mesh import make_mesh
 
 WORDS = ("ant", "bee", "cow")

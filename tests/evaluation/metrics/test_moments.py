@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation import moments
-from diffit_jax.evaluation.moments import Moments
+from diffit_jax.evaluation.metrics import moments
+from diffit_jax.evaluation.metrics.moments import Moments
 
 
 def features(n: int, d: int = 5, seed: int = 0) -> np.ndarray:

@@ -8,19 +8,13 @@ import numpy as np
 import pytest
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation import (
-  card,
-  compare,
-  images,
-  job,
-  load_inception,
-  measure,
-  reference,
-  scores,
-  spaces,
-)
+from diffit_jax.evaluation import card, compare, job, load_inception, measure
 from diffit_jax.evaluation.collector import Collector, Stopped
-from diffit_jax.evaluation.samples import ImageSamples
+from diffit_jax.evaluation.features import spaces
+from diffit_jax.evaluation.metrics import scores
+from diffit_jax.evaluation.sets import opening as images
+from diffit_jax.evaluation.sets import references as reference
+from diffit_jax.evaluation.sets.samples import ImageSamples
 from diffit_jax.parallel.mesh import make_mesh
 import inception_fill
 

@@ -1,0 +1,1 @@
+"""From images to numbers: the Inception and the other feature spaces."""
