@@ -196,7 +196,7 @@ def frechet_distances(folder: pathlib.Path, mesh) -> tuple[float, float]:
   from diffit_jax.evaluation.collector import Collector
   from diffit_jax.evaluation.features import spaces
   from diffit_jax.evaluation.measure import make_measure
-  from diffit_jax.evaluation.sets import opening as images
+  from diffit_jax.evaluation.sets import opening
   from diffit_jax.evaluation.sets.references import read_reference
   from diffit_jax.evaluation.sets.samples import ImageSamples
 
@@ -205,7 +205,7 @@ def frechet_distances(folder: pathlib.Path, mesh) -> tuple[float, float]:
   collector = Collector(spaces.digits_space(), mesh)
 
   def measure(samples, reference) -> dict:
-    samples = ImageSamples(images.open_images(samples))
+    samples = ImageSamples(opening.open_images(samples))
     compared = make_measure(
       collector, read_reference(reference), samples.shape, wanted=[_DISTANCE]
     )

@@ -162,19 +162,19 @@ MUTATIONS = (
   *_of(
     "metric",
     (
-      "evaluation/metrics/distances.py",
+      "evaluation/metrics/frechet.py",
       "distance = np.sum((mu1 - mu2) ** 2) - 2 * cross",
       "distance = np.sum((mu1 - mu2) ** 2) - cross",
-      *("evaluation/metrics/test_distances.py", "frechet_golden"),
+      *("evaluation/metrics/test_frechet.py", "frechet_golden"),
     ),
     (
-      "evaluation/metrics/distances.py",
+      "evaluation/metrics/kernel.py",
       "/ (len(a) * (len(a) - 1))",
       "/ len(a) ** 2",
-      *("evaluation/metrics/test_distances.py", "kernel_distance"),
+      *("evaluation/metrics/test_kernel.py", "kernel_distance"),
     ),
     (
-      "evaluation/metrics/distances.py",
+      "evaluation/metrics/neighbours.py",
       "return float(in_reference.mean()), float(in_samples.mean())",
       "return float(in_samples.mean()), float(in_reference.mean())",
       *("evaluation/metrics/test_neighbours.py", "golden"),

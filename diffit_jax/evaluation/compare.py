@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from diffit_jax.evaluation import card as card_lib
+from diffit_jax.evaluation.metrics import table as metric_table
 
 # Where a number comes from, not what decides it.
 _PASSED_OVER = {
@@ -28,17 +29,10 @@ def table(cards: Mapping[str, Mapping[str, Any]]) -> str:
   Args:
     cards: {name: card}, in the order of the rows.
   """
-  names = list(
-    dict.fromkeys(
-      name
-      for card in cards.values()
-      for name in card["metrics"]
-      if not name.endswith("_standard_error")
-    )
-  )
+  names = card_lib.metric_names(cards.values())
   same_num = len({card["num_samples"] for card in cards.values()}) == 1
   num = next(iter(cards.values()))["num_samples"] if same_num else 0
-  rows = [["", *(card_lib.title(name, num) for name in names), "samples"]]
+  rows = [["", *(metric_table.title(name, num) for name in names), "samples"]]
   for label, card in cards.items():
     values = [_value(card, name) for name in names]
     rows.append([label, *values, f"{card['num_samples']:,}"])
@@ -49,7 +43,7 @@ def _value(card: Mapping[str, Any], name: str) -> str:
   value = card["metrics"].get(name)
   if value is None:
     return "-"
-  error = card["metrics"].get(f"{name}_standard_error")
+  error = card["metrics"].get(name + metric_table.STANDARD_ERROR)
   return f"{value:.5g}" + (f" ± {error:.1g}" if error is not None else "")
 
 

@@ -9,6 +9,7 @@ from diffit_jax import ranges
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import card as card_lib
 from diffit_jax.evaluation import compare
+from diffit_jax.evaluation.metrics import table
 
 # Fields of config.sampler that are numbers, with the words of the axis.
 FIELDS = {
@@ -57,9 +58,9 @@ def write(
   name: str, cards: Mapping[float, Mapping[str, Any]], out: pathlib.Path
 ) -> pathlib.Path:
   """Writes table.md and plot.png of the cards; returns the plot's path."""
-  table = compare.table({f"{value:g}": card for value, card in cards.items()})
+  text = compare.table({f"{value:g}": card for value, card in cards.items()})
   try:
-    (out / "table.md").write_text(table + "\n")
+    (out / "table.md").write_text(text + "\n")
     plot(name, cards, out / "plot.png")
   except OSError as error:
     raise UserError(f"cannot write to --out={out}: {error}") from error
@@ -81,11 +82,7 @@ def plot(
 
   values = sorted(cards)
   num = cards[values[0]]["num_samples"]
-  metrics = [
-    metric
-    for metric in cards[values[0]]["metrics"]
-    if not metric.endswith("_standard_error")
-  ]
+  metrics = card_lib.metric_names(cards[x] for x in values)
   figure = Figure(figsize=(3.6 * len(metrics), 3.2), layout="constrained")
   FigureCanvasAgg(figure)
   for i, metric in enumerate(metrics):
@@ -93,7 +90,7 @@ def plot(
     found = [cards[x]["metrics"].get(metric, float("nan")) for x in values]
     axes.plot(values, found, marker="o")
     axes.set_xlabel(FIELDS[name])
-    axes.set_title(card_lib.title(metric, num), fontsize=9)
+    axes.set_title(table.title(metric, num), fontsize=9)
     axes.grid(alpha=0.3)
     if name == "steps" and values[-1] >= 8 * values[0]:
       axes.set_xscale("log")

@@ -11,9 +11,8 @@ from diffit_jax.errors import UserError
 from diffit_jax.evaluation import card, compare, job, load_inception, measure
 from diffit_jax.evaluation.collector import Collector, Stopped
 from diffit_jax.evaluation.features import spaces
-from diffit_jax.evaluation.metrics import scores
-from diffit_jax.evaluation.sets import opening as images
-from diffit_jax.evaluation.sets import references as reference
+from diffit_jax.evaluation.metrics import table
+from diffit_jax.evaluation.sets import opening, references
 from diffit_jax.evaluation.sets.samples import ImageSamples
 from diffit_jax.parallel.mesh import make_mesh
 import inception_fill
@@ -43,9 +42,9 @@ def score(
     batch_size=batch_size,
     should_stop=options.pop("should_stop", lambda: False),
   )
-  samples = ImageSamples(images.open_images(fake))
+  samples = ImageSamples(opening.open_images(fake))
   compared = measure.make_measure(
-    collector, reference.read_reference(real), samples.shape, wanted=wanted
+    collector, references.read_reference(real), samples.shape, wanted=wanted
   )
   options.setdefault("num", samples.available)
   return job.evaluate(compared, samples, **options)
@@ -85,7 +84,7 @@ class TestSpaces:
     from sklearn import datasets, linear_model
 
     space = spaces.digits_space()
-    assert space.about == spaces.digits_space().about
+    assert space.card_entry == spaces.digits_space().card_entry
     real = datasets.load_digits()
     pictures = np.round(real.images * (255 / 16)).astype(np.uint8)[..., None]
     found = space.outputs(np.repeat(pictures, 3, -1))["pool"]
@@ -152,7 +151,7 @@ class TestNumbers:
     one, eight = (
       score(extractor, num, 8, fake, real)["metrics"] for num in (1, 8)
     )
-    assert set(one) == set(scores.INCEPTION)
+    assert set(one) == set(table.names("inception"))
     for name, value in one.items():
       np.testing.assert_allclose(eight[name], value, rtol=1e-4, err_msg=name)
     pool, _, spatial = extractor.features(
@@ -194,11 +193,11 @@ class TestStops:
       collector = Collector(
         space, mesh_of(1), batch_size=8, should_stop=should_stop
       )
-      samples = ImageSamples(images.open_images(FAKE))
+      samples = ImageSamples(opening.open_images(FAKE))
       with pytest.raises(Stopped):
         compared = measure.make_measure(
           collector,
-          reference.read_reference(REAL),
+          references.read_reference(REAL),
           samples.shape,
           partial=path,
         )
@@ -207,7 +206,7 @@ class TestStops:
     assert {p.name for p in tmp_path.iterdir()} == {of_reference, other.name}
     collector = Collector(space, mesh_of(1), batch_size=8)
     compared = measure.make_measure(
-      collector, reference.read_reference(REAL), samples.shape, partial=path
+      collector, references.read_reference(REAL), samples.shape, partial=path
     )
     found = job.evaluate_to_file(compared, samples, path, num=40, repeats=1)
     assert found["metrics"] == undisturbed["metrics"]
@@ -232,8 +231,8 @@ class TestStops:
       check_claim=check_claim,
       should_stop=lambda: lost.append(True),
     )
-    samples = ImageSamples(images.open_images(FAKE))
-    found = reference.read_reference(REAL)
+    samples = ImageSamples(opening.open_images(FAKE))
+    found = references.read_reference(REAL)
     with pytest.raises(UserError, match="taken over"):
       measure.make_measure(collector, found, samples.shape, partial=path)
     compared = measure.make_measure(collector, found, samples.shape)
@@ -244,10 +243,10 @@ class TestStops:
 
 class TestCards:
   def test_fid_50k_is_the_name_of_50_000_samples_only(self):
-    assert card.title("fid", 50_000) == "FID-50K"
+    assert table.title("fid", 50_000) == "FID-50K"
     for num in (49_999, 50_001, 10_000):
-      assert card.title("fid", num) == "FID"
-    assert card.title("frechet_digits", 50_000) == "Fréchet distance (digits)"
+      assert table.title("fid", num) == "FID"
+    assert table.title("frechet_digits", 50_000) == "Fréchet distance (digits)"
 
   def test_what_a_reader_must_know_is_said(self):
     found = score(spaces.pixels_space())
@@ -308,7 +307,7 @@ class TestRefusals:
     collector = Collector(spaces.pixels_space(), mesh_of(1))
     with pytest.raises(UserError, match="needs a reference with labels"):
       measure.make_measure(
-        collector, reference.read_reference(REAL), (8, 8), per_class=True
+        collector, references.read_reference(REAL), (8, 8), per_class=True
       )
 
   def test_too_few(self):

@@ -13,7 +13,7 @@ import commands
 from configs import digits, digits_latent, imagenet256
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import card, in_loop
-from diffit_jax.evaluation.sets.samples import sample_shape
+from diffit_jax.evaluation.sets.network_samples import sample_shape
 from diffit_jax.run import checkpoint
 from diffit_jax.training import loop
 

@@ -1,7 +1,7 @@
 """What turns images into features: a pure function and its parameters.
 
-Everything that scores images (`features`, the cards) sees an `Extractor` and
-not a network, so that another one can stand in for the Inception.
+All that scores images uses an `Extractor` and knows no network, so that another
+network can take the place of Inception.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,16 +29,16 @@ class Extractor:
   """A network that gives features.
 
   Attributes:
-    name: of the network.
-    about: what a score must say of it; can be written as JSON.
+    name: name of the feature space.
+    card_entry: what a card says about it, in JSON's types.
     params: pytree of arrays, the first argument of `apply`.
     apply: (params, [b, h, w, 3] uint8) -> {name: [b, dim] float32}, "pool"
-      always among them. Pure, and no image has a part in another's features:
-      under jit it may be split over a mesh by images.
+      always among them. Pure, and an image's features depend on no other
+      image: under jit the images may be split over a mesh.
   """
 
   name: str
-  about: Mapping[str, Any]
+  card_entry: Mapping[str, Any]
   params: Any
   apply: Callable[[Any, jax.Array], dict[str, jax.Array]]
 
@@ -113,8 +113,8 @@ def load_inception(
     resize: rule by which images become 299 x 299, "tf1" or "pytorch_fid".
 
   Returns:
-    An extractor whose `about` holds the name, the SHA-256 of the weights and
-    the rule.
+    An extractor whose `card_entry` holds the name, the SHA-256 of the weights
+    and the rule.
 
   Raises:
     UserError: another rule, or weights that do not fit; see
@@ -122,7 +122,7 @@ def load_inception(
   """
   resize_lib.check_rule(resize)
   state = inception_weights.read_state(path_or_state)
-  about = {
+  entry = {
     "name": "inception",
     "sha256": inception_weights.digest(state),
     "resize": resize,
@@ -134,4 +134,4 @@ def load_inception(
     x = resize_lib.prepare(jnp.asarray(images), inception.SIDE, resize)
     return network.apply({"params": params}, x)
 
-  return InceptionExtractor("inception", about, params, apply)
+  return InceptionExtractor("inception", entry, params, apply)

@@ -24,14 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax.errors import UserError
-
-RULES = ("tf1", "pytorch_fid")
+from diffit_jax.evaluation.features import RESIZE_RULES
 
 
 def check_rule(rule: str) -> None:
-  """Raises a UserError unless `rule` is one of RULES."""
-  if rule not in RULES:
-    raise UserError(f"resize={rule!r} is not a rule, only {' or '.join(RULES)}")
+  """Raises a UserError unless `rule` is one of RESIZE_RULES."""
+  if rule not in RESIZE_RULES:
+    raise UserError(
+      f"resize={rule!r} is not a rule, only {' or '.join(RESIZE_RULES)}"
+    )
 
 
 def taps(
@@ -77,7 +78,7 @@ def prepare(images: jax.Array, side: int, rule: str) -> jax.Array:
   Args:
     images: [b, h, w, 3] uint8 of any size.
     side: of the result, in pixels.
-    rule: one of RULES.
+    rule: one of RESIZE_RULES.
 
   Returns:
     [b, side, side, 3] float32.

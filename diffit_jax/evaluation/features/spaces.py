@@ -1,13 +1,13 @@
-"""Feature spaces that a distance between sets of images is measured in.
+"""Feature spaces in which sets of images are compared.
 
   inception   the network behind FID; its weights are a file
   digits      64 hidden units of a small classifier, fitted on scikit-learn's
               digits each time it is used: for 8x8 images of digits
-  pixels      8x8 averages of the pixels: for any images, says little
+  pixels      8x8 averages of the pixels: for any images, but a weak measure
 
-Only what is measured in the first is called FID, sFID, IS or KID; numbers of
-the other two bear the name of their space (`frechet_digits`) and can only be
-compared with each other.
+Only numbers of the first are called FID, sFID, IS or KID; those of the other
+two have the name of their space (`frechet_digits`) and compare only with each
+other.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax.errors import UserError
+from diffit_jax.evaluation.features import SPACES
 from diffit_jax.evaluation.features.extractor import Extractor, load_inception
 
-SPACES = ("inception", "digits", "pixels")
 _SIDE = 8  # of the averages, and of scikit-learn's digits
 _HIDDEN = 64
 
@@ -27,12 +27,12 @@ _HIDDEN = 64
 def open_space(
   name: str, inception: str | None = None, resize: str = "tf1"
 ) -> Extractor:
-  """The extractor of a space.
+  """The extractor of a feature space.
 
   Args:
     name: one of SPACES.
     inception: safetensors file of the network's weights, for "inception".
-    resize: its rule for resizing, see `evaluation.resize`.
+    resize: the network's rule for resizing, see `resize`.
 
   Raises:
     UserError: an unknown name, or no usable weights.
@@ -59,7 +59,7 @@ def digits_space() -> Extractor:
   """Hidden units of a classifier of scikit-learn's digits.
 
   One hidden layer of 64, fitted on all 1,797 digits by L-BFGS from a fixed seed
-  on one thread; the hash tells apart what two machines make of that.
+  on one thread; the hash tells if two machines got different weights.
   """
   from sklearn import datasets, neural_network
   import threadpoolctl
@@ -87,8 +87,8 @@ def digits_space() -> Extractor:
     return {"pool": jax.nn.relu(x + params["bias"])}
 
   digest = hashlib.sha256(params["kernel"].tobytes() + params["bias"].tobytes())
-  about = {"name": "digits", "sha256": digest.hexdigest()}
-  return Extractor("digits", about, params, apply)
+  entry = {"name": "digits", "sha256": digest.hexdigest()}
+  return Extractor("digits", entry, params, apply)
 
 
 def pixels_space() -> Extractor:

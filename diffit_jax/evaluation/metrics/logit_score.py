@@ -1,7 +1,7 @@
 """The inception score of classifier logits, in float64.
 
-Salimans et al. 2016, "Improved techniques for training GANs", Section 4: of the
-probabilities p_i that a classifier gives each image, with mean q over a split,
+Salimans et al. 2016, "Improved techniques for training GANs", Section 4: with
+p_i the class probabilities of image i, and q their mean over a split,
 
   exp mean_i sum_c p_ic (ln p_ic - ln q_c)                                   (1)
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.metrics.moments import check_features
+from diffit_jax.evaluation.metrics.feature_checks import check_features
 
 SPLIT_SIZE = 5000
 _CHUNK = 1024  # rows of logits at a time: 8 MiB of float64 for 1008 classes
@@ -21,8 +21,8 @@ class InceptionScore:
   """Inception score (1) of logits that arrive in batches, in order.
 
   Splits are `split_size` consecutive samples; the score is the mean over them,
-  in which a shorter last split has the same weight. A finished split leaves its
-  score behind, the open one two sums.
+  in which a shorter last split has the same weight. What is kept is one number
+  for each finished split, and two sums for the one that is not full yet.
   """
 
   def __init__(self, split_size: int = SPLIT_SIZE):
@@ -65,7 +65,7 @@ class InceptionScore:
     return float(np.mean(scores))
 
   def state(self) -> dict[str, np.ndarray]:
-    """Copies of everything it holds, from which it resumes to the same bits."""
+    """Copies of everything it holds; `from_state` resumes to the same bits."""
     return {
       "split_size": np.int64(self._split_size),
       "scores": np.array(self._scores, np.float64),
@@ -76,7 +76,7 @@ class InceptionScore:
 
   @classmethod
   def from_state(cls, state: Mapping[str, np.ndarray]) -> "InceptionScore":
-    """The score whose `state` this is."""
+    """The score that had this `state`."""
     score = cls(int(state["split_size"]))
     score._scores = [float(x) for x in state["scores"]]
     score._open = int(state["open"])
@@ -89,6 +89,12 @@ class InceptionScore:
     q = self._probs / self._open
     q = q[q > 0]  # x ln x goes to 0
     return np.exp(self._negentropy / self._open - np.sum(q * np.log(q)))
+
+
+def score_samples(samples, reference) -> dict[str, float]:
+  """Row of the table: needs the samples alone."""
+  del reference
+  return {"inception_score": samples.score.result()}
 
 
 def inception_score(logits, split_size: int = SPLIT_SIZE) -> float:

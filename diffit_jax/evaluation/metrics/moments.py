@@ -18,47 +18,13 @@ batches, the same blocks are formed and the same bits come out.
 
 from collections.abc import Mapping
 
-import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax.errors import UserError
+from diffit_jax.evaluation.metrics.feature_checks import check_features
 
+Gaussian = tuple[np.ndarray, np.ndarray]  # mean [d], covariance [d, d]
 _BLOCK = 2048  # rows of a product; 1024 takes half as long again
-
-
-def check_features(x, what: str = "features") -> np.ndarray:
-  """Features as a numpy array, after refusing what no metric is defined for.
-
-  Args:
-    x: [n, d] numpy or JAX array of any real dtype.
-    what: how the message calls them.
-
-  Returns:
-    [n, d] float32 or float64, without a copy where it is that already.
-
-  Raises:
-    UserError: other shapes, other dtypes, an infinity or a NaN.
-  """
-  x = np.asarray(x)
-  if x.ndim != 2 or not x.shape[1]:
-    raise UserError(
-      f"{what} must be [number, dimensions], but are of shape {x.shape}"
-    )
-  if x.dtype not in (np.float32, np.float64):
-    if jnp.issubdtype(x.dtype, np.floating):
-      x = x.astype(np.float32 if x.dtype.itemsize < 4 else np.float64)
-    elif jnp.issubdtype(x.dtype, np.integer):
-      x = x.astype(np.float64)
-    else:
-      raise UserError(f"{what} must be real numbers, but are {x.dtype}")
-  # Minimum and maximum, which pass a NaN on, need no array of booleans.
-  if x.size and not (np.isfinite(x.min()) and np.isfinite(x.max())):
-    bad = int(np.argmin(np.isfinite(x).all(axis=1)))
-    raise UserError(
-      f"{what} hold an infinity or a NaN, first in row {bad}: look for a"
-      " diverged model or damaged weights of the feature network"
-    )
-  return x
 
 
 class Moments:
@@ -102,6 +68,10 @@ class Moments:
     scatter /= self.num - 1
     return scatter
 
+  def gaussian(self) -> Gaussian:
+    """The mean and the covariance."""
+    return self.mean, self.covariance()
+
   def update(self, x) -> None:
     """Takes the rows of x, [b, d] of any float dtype, b from 0 on."""
     x = check_features(x)
@@ -119,25 +89,8 @@ class Moments:
         self._absorbed += _BLOCK
         self._waiting = 0
 
-  def merge(self, other: "Moments") -> "Moments":
-    """Takes all that `other` saw, by (1) and (2); returns itself."""
-    if other.dim != self.dim:
-      raise UserError(
-        f"moments of {other.dim} dimensions cannot join those of {self.dim}"
-      )
-    rows = other._rows[: other._waiting].copy()  # `other` may be this one
-    if other._absorbed:
-      num = self._absorbed + other._absorbed
-      delta = other._mean - self._mean
-      weight = self._absorbed * (other._absorbed / num)
-      self._scatter += other._scatter + weight * np.outer(delta, delta)
-      self._mean = self._mean + delta * (other._absorbed / num)
-      self._absorbed = num
-    self.update(rows)
-    return self
-
   def state(self) -> dict[str, np.ndarray]:
-    """Copies of everything it holds, from which it resumes to the same bits."""
+    """Copies of everything it holds; `from_state` resumes to the same bits."""
     return {
       "absorbed": np.array(self._absorbed, np.int64),
       "mean": self._mean.copy(),
@@ -147,21 +100,12 @@ class Moments:
 
   @classmethod
   def from_state(cls, state: Mapping[str, np.ndarray]) -> "Moments":
-    """The moments whose `state` this is; UserError if it cannot be one."""
-    names = ("absorbed", "mean", "scatter", "rows")
-    if missing := [name for name in names if name not in state]:
-      raise UserError(f"stored moments lack {', '.join(missing)}")
-    arrays = {name: np.asarray(state[name]) for name in names}
-    dim = arrays["mean"].size
-    shapes = tuple(arrays[name].shape for name in names)
-    if shapes != ((), (dim,), (dim, dim), (arrays["rows"].shape[:1] + (dim,))):
-      found = dict(zip(names, shapes))
-      raise UserError(f"stored moments have shapes that do not agree: {found}")
-    moments = cls(dim)
-    moments._absorbed = int(arrays["absorbed"])
-    moments._mean = arrays["mean"].astype(np.float64)  # copies
-    moments._scatter = arrays["scatter"].astype(np.float64)
-    moments.update(arrays["rows"])
+    """The moments that had this `state`."""
+    moments = cls(state["mean"].size)
+    moments._absorbed = int(state["absorbed"])
+    moments._mean = state["mean"].copy()
+    moments._scatter = state["scatter"].copy()
+    moments.update(state["rows"])
     return moments
 
 

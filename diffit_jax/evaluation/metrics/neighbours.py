@@ -1,4 +1,4 @@
-"""Who lies within whose neighbourhood: distances between two sets, in tiles.
+"""Precision and recall: which points lie within which neighbourhoods.
 
 Kynkäänniemi et al. 2019 ("Improved precision and recall metric for assessing
 generative models", Section 2): the manifold of a set is the union of balls
@@ -8,21 +8,21 @@ around its points, each reaching its point's k-th nearest neighbour.
   r2(u) = d2 to the k-th nearest of the other points of its set              (2)
   v is inside the set if d2(u, v) <= r2(u) for at least one u of it          (3)
 
-Only [tile, tile] distances exist at a time. Each tile of one set against
-itself serves the rows and, as distances are symmetric, the columns; each tile
-of the one set against the other answers (3) in both directions. That is
-n_a^2 / 2 + n_b^2 / 2 + n_a n_b distances in all.
+Sets are cut into tiles, and only [tile, tile] distances exist at a time. Those
+between two tiles of one set serve both, as distances are symmetric; those
+between a tile of one set and a tile of the other answer (3) in both directions.
+That is n_a^2 / 2 + n_b^2 / 2 + n_a n_b distances in all.
 
-Distances are float32, so (1) is made harmless first: both sets are moved by
+Distances are float32. So that (1) loses no digits, both sets are first moved by
 about the mean of the first and divided by about their spread, which changes
 nothing in (3). Move and unit are powers of two times integers, which leaves
 ties between numbers of few bits exact.
 
 CHOICE: a distance that is below the rounding error of (1) counts as 0. Copies
-of a point are then at distance 0 from each other, wherever in a tile they fall.
+of a point are then at distance 0 from each other, at any place in a tile.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 
 import jax
@@ -30,7 +30,64 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from diffit_jax.errors import UserError
+from diffit_jax.evaluation.metrics.feature_checks import check_pair
+from diffit_jax.evaluation.metrics.statistics import (
+  FeatureStatistics,
+  ReferenceStatistics,
+)
+
+Tile = tuple[jax.Array, jax.Array]  # points [b, d] and norms [b], |u|^2
 TILE = 2048  # points; as fast as 4096 with a quarter of the memory
+
+
+def precision_and_recall(
+  samples: FeatureStatistics, reference: ReferenceStatistics
+) -> dict[str, float]:
+  """Two rows of the table, which one computation gives."""
+  precision, recall = precision_recall(reference.rows, samples.rows())
+  return {"precision": precision, "recall": recall}
+
+
+def precision_recall(
+  reference, samples, k: int = 3, tile_size: int = TILE
+) -> tuple[float, float]:
+  """Improved precision and recall, from float32 squared distances.
+
+  A ball reaches its point's k-th nearest neighbour within its set, not counting
+  the point itself, and includes its surface.
+
+  Args:
+    reference: [n_r, d] features of real images.
+    samples: [n_s, d] features of generated images.
+    k: number of neighbours.
+    tile_size: points at a time; memory and speed only.
+
+  Returns:
+    precision: share of samples inside at least one ball of the reference.
+    recall: share of the reference inside at least one ball of the samples.
+
+  Raises:
+    UserError: fewer than k + 1 points in a set, or features that are none.
+  """
+  reference, samples = check_pair(reference, samples)
+  if k < 1 or tile_size < 1:
+    raise UserError(f"{k=} and {tile_size=} must be 1 or more")
+  if min(len(reference), len(samples)) < k + 1:
+    raise UserError(
+      f"precision and recall with {k=} need {k + 1} or more points in each set,"
+      f" not {len(reference)} of the reference and {len(samples)} samples"
+    )
+  frame = frame_of(reference, samples)
+  # One set at a time in tiles, which are a copy of it.
+  radii = squared_radii([*cut(reference, frame, tile_size)], k)
+  held = [*cut(samples, frame, tile_size)]
+  in_reference, in_samples = mutual_members(
+    held, squared_radii(held, k), cut(reference, frame, tile_size), radii
+  )
+  in_reference = in_reference[: len(samples)]
+  in_samples = in_samples[: len(reference)]
+  return float(in_reference.mean()), float(in_samples.mean())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,27 +103,6 @@ class Frame:
   unit: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-  """A set in equal parts; the last is filled up with points at infinity.
-
-  Attributes:
-    num: true number of points.
-    points: [b, d] float32 each.
-    norms: [b] float32 each, |u|^2; infinite for filling.
-  """
-
-  num: int
-  points: list[jax.Array]
-  norms: list[jax.Array]
-
-  def __len__(self) -> int:
-    return len(self.points)
-
-  def __getitem__(self, i: int) -> tuple[jax.Array, jax.Array]:
-    return self.points[i], self.norms[i]
-
-
 def frame_of(first: np.ndarray, second: np.ndarray) -> Frame:
   """Coordinates with the first set's mean near 0 and both spreads below 2."""
   mean = first.mean(axis=0, dtype=np.float64)
@@ -76,16 +112,11 @@ def frame_of(first: np.ndarray, second: np.ndarray) -> Frame:
   return Frame(shift, _power_of_two(spread) or 1.0)
 
 
-def to_tiles(x: np.ndarray, frame: Frame, tile: int = TILE) -> Tiles:
-  """Cuts [n, d] points into as few equal parts of at most `tile` as do."""
-  points, norms = zip(*stream_tiles(x, frame, tile))
-  return Tiles(len(x), list(points), list(norms))
+def cut(x: np.ndarray, frame: Frame, tile: int = TILE) -> Iterator[Tile]:
+  """Cuts [n, d] points into the fewest equal tiles of at most `tile` points.
 
-
-def stream_tiles(
-  x: np.ndarray, frame: Frame, tile: int = TILE
-) -> Iterator[tuple[jax.Array, jax.Array]]:
-  """The parts of `to_tiles` one by one, (points, norms) each."""
+  The last one is filled up with points at infinity.
+  """
   size = -(-len(x) // -(-len(x) // tile))
   for part in _parts(x, size):
     points = np.zeros((size, x.shape[1]), np.float32)
@@ -95,13 +126,13 @@ def stream_tiles(
     yield jnp.asarray(points), jnp.asarray(norms)
 
 
-def squared_radii(x: Tiles, k: int) -> list[jax.Array]:
-  """(2) for every part, [b] float32 in units of the frame; -1 for filling.
+def squared_radii(x: Sequence[Tile], k: int) -> list[jax.Array]:
+  """(2) for every tile, [b] float32 in units of the frame; -1 for filling.
 
-  k-th of the others is index k of the sorted distances that include the
-  point's own, 0: a point with k copies has radius 0.
+  The k-th of the others has index k among the sorted distances, which include
+  the point's own, 0: a point with k copies has radius 0.
   """
-  size = len(x.norms[0])
+  size = len(x[0][1])
   nearest = [jnp.full((size, k + 1), jnp.inf) for _ in range(len(x))]
   for i in range(len(x)):
     nearest[i] = _nearest_within(nearest[i], x[i])
@@ -111,35 +142,37 @@ def squared_radii(x: Tiles, k: int) -> list[jax.Array]:
       )
   return [
     jnp.where(jnp.isinf(norms), -1, found[:, k])
-    for norms, found in zip(x.norms, nearest)
+    for (_, norms), found in zip(x, nearest)
   ]
 
 
 def mutual_members(
-  x: Tiles,
+  x: Sequence[Tile],
   x_radii: list[jax.Array],
-  y: Iterable[tuple[jax.Array, jax.Array]],
+  y: Iterable[Tile],
   y_radii: list[jax.Array],
 ) -> tuple[np.ndarray, np.ndarray]:
   """(3) both ways: which of x are inside y, which of y are inside x.
 
   Args:
-    x: the one set, held whole.
-    x_radii: of it.
-    y: parts of the other set, as from `stream_tiles`: one at a time is held.
-    y_radii: of it.
+    x: tiles of the one set, all in memory.
+    x_radii: its `squared_radii`.
+    y: tiles of the other set; one at a time is in memory.
+    y_radii: its `squared_radii`.
 
   Returns:
-    [n_x] bool, and bool of y's points and, behind them, its filling.
+    bool for all points of x, then its filling; and the same for y.
   """
-  in_y = [jnp.zeros(len(norms), bool) for norms in x.norms]
-  in_x = [jnp.zeros(len(radii), bool) for radii in y_radii]
+  in_y, in_x = (
+    [jnp.zeros(len(radii), bool) for radii in each]
+    for each in (x_radii, y_radii)
+  )
   for j, part in enumerate(y):
     for i in range(len(x)):
       in_y[i], in_x[j] = _members(
         in_y[i], in_x[j], x[i], x_radii[i], part, y_radii[j]
       )
-  return np.concatenate(in_y)[: x.num], np.concatenate(in_x)
+  return np.concatenate(in_y), np.concatenate(in_x)
 
 
 def _distances(x, y) -> jax.Array:
@@ -162,21 +195,21 @@ def _merge(nearest: jax.Array, distances: jax.Array) -> jax.Array:
 
 @jax.jit
 def _nearest_within(nearest, x):
-  """Takes in the distances of a part to itself."""
+  """Merges the distances of a tile to itself."""
   own = jnp.eye(len(nearest), dtype=bool)
   return _merge(nearest, jnp.where(own, 0.0, _distances(x, x)))
 
 
 @jax.jit
 def _nearest_between(x_nearest, y_nearest, x, y):
-  """Takes in the distances between two parts of one set, for both."""
+  """Merges the distances between two tiles of one set, for both."""
   distances = _distances(x, y)
   return _merge(x_nearest, distances), _merge(y_nearest, distances.T)
 
 
 @jax.jit
 def _members(in_y, in_x, x, x_radii, y, y_radii):
-  """Adds to the members so far those by the distances of two parts."""
+  """Adds the members that the distances of two tiles show."""
   distances = _distances(x, y)
   in_y |= (distances <= y_radii).any(axis=1)
   in_x |= (distances <= x_radii[:, None]).any(axis=0)

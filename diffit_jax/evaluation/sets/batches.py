@@ -1,7 +1,7 @@
 """Batches of images on the devices: read from files, or made by a network.
 
 A batch always has the same size; its rows beyond the last image are copies of
-it, and whoever asked for the batch drops them.
+it, and the code that asked for the batch drops them.
 """
 
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from jax.sharding import Mesh
 import numpy as np
 
 from diffit_jax.evaluation.sets.guard import Guard
-from diffit_jax.evaluation.sets.image_set import Images
+from diffit_jax.evaluation.sets.image_set import ImageSet, as_rgb
 from diffit_jax.parallel.mesh import batch_sharding, place
 
 
 class Batches(Protocol):
-  """`num` images that are asked for in order.
+  """Images that are asked for in order.
 
   Attributes:
-    num: how many there are.
+    num: number of images.
   """
 
   num: int
@@ -32,14 +32,14 @@ class Batches(Protocol):
     """
 
   def finish(self) -> None:
-    """Raises a UserError for what only the whole set shows."""
+    """Raises a UserError for mistakes that only the whole set shows."""
 
 
 class ImageBatches:
   """Some images of a set; each process reads those of its own devices."""
 
   def __init__(
-    self, images: Images, mesh: Mesh, index: np.ndarray, guard: Guard
+    self, images: ImageSet, mesh: Mesh, index: np.ndarray, guard: Guard
   ):
     """`index` [num]: which images, in which order."""
     self.num, self._index, self._guard = len(index), index, guard
@@ -65,46 +65,36 @@ class ImageBatches:
 
 
 class SampledBatches:
-  """Samples first .. first + num - 1 of a generator, made when asked for."""
+  """Consecutive samples of a network, made when they are asked for."""
 
   def __init__(
     self,
-    generate: Callable[..., np.ndarray],
-    params,
+    generate: Callable[[np.ndarray], np.ndarray],
     mesh: Mesh,
     guard: Guard,
     *,
+    first: int,
     num: int,
-    seed: int,
-    classes: Callable[[np.ndarray], np.ndarray],
-    first: int = 0,
   ):
-    """Takes what `generation.generator.make_generator` made, and its arguments.
+    """Samples first .. first + num - 1.
 
     Args:
-      generate: (params, seed, index [b], labels [b]) -> uint8 [b, h, w, c].
-      params: of the network, replicated over the mesh.
-      mesh: of the devices.
+      generate: sample indices [b] -> uint8 [b, h, w, 1 or 3].
+      mesh: the devices.
       guard: sees every sample.
-      num: how many samples.
-      seed: of all of them.
-      classes: sample indices -> labels.
       first: index of the first sample.
+      num: number of samples.
     """
-    self.num, self._first, self._seed = num, first, seed
-    self._generate, self._params, self._classes = generate, params, classes
+    self.num, self._first, self._generate = num, first, generate
     self._guard, self._sharding = guard, batch_sharding(mesh)
 
   def get(self, start: int, size: int) -> jax.Array:
     """See Batches."""
     index = self._first + np.arange(start, start + size)
-    images = self._generate(
-      self._params, self._seed, index.astype(np.uint32), self._classes(index)
-    )
+    images = self._generate(index)
     wanted = min(size, self.num - start)
     self._guard.see(images[:wanted], index[:wanted])
-    gray = np.broadcast_to(images, (*images.shape[:3], 3))
-    return place(gray, self._sharding)
+    return place(as_rgb(images), self._sharding)
 
   def finish(self) -> None:
     """See Batches."""

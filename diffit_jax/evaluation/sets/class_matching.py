@@ -1,14 +1,14 @@
 """Which class of the samples is which class of the reference.
 
 A class's number is its place in the list of its own set: class 0 of one set may
-be class 1 of another. So classes are told to be the same
+be class 1 of another. So classes are matched
 
-  by name    where both sides have names;
-  by number  where one side has numbers alone, and either the other's names are
-             these numbers, or both sides have the same numbers
+  by name    if both sides have names;
+  by number  if one side has only numbers, and either the other's names are
+             these numbers, or both sides have the same numbers.
 
-and where neither says it, or the two ways of a number say different things, the
-comparison is refused.
+If neither rule decides, or the two ways to use numbers disagree, the comparison
+is refused.
 """
 
 from collections.abc import Sequence
@@ -28,11 +28,11 @@ class Classes:
   """The classes of a set of images.
 
   Attributes:
-    source: of the images, for messages.
-    labels: [n] of the images, from 0 on.
-    names: of the classes 0, 1, ...; None where numbers are all that is known.
-    num: how many classes there are, whether or not the images have them all;
-      None where that is not known.
+    source: name of the set, for messages.
+    labels: [n] class number of each image, from 0 on.
+    names: names of the classes 0, 1, ...; None if only numbers are known.
+    num: number of classes, which may be more than the images have; None if it
+      is not known.
   """
 
   source: str
@@ -45,12 +45,12 @@ class Classes:
     return np.unique(self.labels).tolist()
 
   def numbers(self) -> set[int]:
-    """The numbers that classes of this set can have, as far as is known."""
+    """All class numbers of this set, as far as they are known."""
     num = len(self.names) if self.names else self.num
     return set(self.present()) if num is None else set(range(num))
 
   def by_numeral(self) -> dict[int, int] | None:
-    """{number that a class is called by: its number}; None where words are.
+    """{name of a class, read as a number: its number}; None if it is a word.
 
     A set without names calls its classes by their numbers.
     """
@@ -62,7 +62,7 @@ class Classes:
     return found if len(found) == len(self.names) else None
 
   def has_numbers_alone(self) -> bool:
-    """Whether there are no names, or only 0, 1, ... as made up for none."""
+    """Whether there are no names, or only the made-up names 0, 1, ..."""
     return not self.names or list(self.names) == [
       str(i) for i in range(len(self.names))
     ]
@@ -79,9 +79,9 @@ class Match:
   """Which classes are the same.
 
   Attributes:
-    pairs: (title, number in the samples, number in the reference) of each class
-      that the samples have.
-    rule: how it is known, in words.
+    pairs: (title, number in the samples, number in the reference) for each
+      class that the samples have.
+    rule: "by name" or "by number".
   """
 
   pairs: list[tuple[str, int, int]]
@@ -92,7 +92,7 @@ def match(samples: Classes, reference: Classes) -> Match:
   """Finds each class of the samples in the reference.
 
   Raises:
-    UserError: one is not there, or nothing says which one it is.
+    UserError: a class is not there, or no rule decides which one it is.
   """
   present = samples.present()
   if strange := {*present} - samples.numbers():
@@ -124,10 +124,10 @@ def match(samples: Classes, reference: Classes) -> Match:
 
 
 def _as_numerals(samples: Classes, reference: Classes) -> dict | None:
-  """{number in the samples: in the reference}, if names are the same numbers.
+  """{number in the samples: number in the reference}, from names as numbers.
 
-  Of one side without names, the numbers must be all that the other is called
-  by: were some missing, they could as well be places in its list.
+  If one side has no names, its numbers must be all of the other's names: if
+  some are missing, the numbers could as well be places in the other's list.
   """
   ours, theirs = samples.by_numeral(), reference.by_numeral()
   named = [each for each in (samples, reference) if each.names]
@@ -142,7 +142,7 @@ def _as_numerals(samples: Classes, reference: Classes) -> dict | None:
 
 
 def _as_places(samples: Classes, reference: Classes) -> dict | None:
-  """The same numbers, where both have the same and names do not speak."""
+  """The same numbers on both sides, if names do not decide otherwise."""
   if samples.names and reference.names:
     sides = (samples, reference)
     if None not in [each.by_numeral() for each in sides]:

@@ -1,4 +1,4 @@
-"""Looks at images on their way into a score."""
+"""Checks of images before they are scored."""
 
 from absl import logging
 import numpy as np
@@ -7,14 +7,14 @@ from diffit_jax.errors import UserError
 
 
 class Guard:
-  """Looks for images that no sampler and no camera makes.
+  """Refuses images that no sampler and no camera makes.
 
   An image of one colour is what NaN becomes in 8 bits; a set that never exceeds
   1 was in [0, 1] when it was cast to 8 bits.
 
   Attributes:
     constant: indices of the images of one colour.
-    maximum: over all values; -1 where nothing was seen.
+    maximum: largest value; -1 if nothing was seen.
   """
 
   def __init__(self, what: str, refuse: bool = True):
@@ -23,22 +23,23 @@ class Guard:
     Args:
       what: the set's name, for messages.
       refuse: whether images of one colour are an error; real data may hold
-        some, and then a warning tells how many. A maximum of 1 is always one.
+        some, and then a warning gives their number. A maximum of 1 is always
+        an error.
     """
     self._what, self._refuse = what, refuse
     self.constant: set[int] = set()
     self.maximum = -1
 
   def see(self, images: np.ndarray, index: np.ndarray | int) -> None:
-    """Takes in some images; the same one may come again.
+    """Checks some images; the same one may come again.
 
     Args:
       images: uint8 [k, h, w, c].
-      index: [k], of each image in the set; or of the first, where the others
-        follow it.
+      index: [k] index of each image in the set; or that of the first, if the
+        others follow it.
 
     Raises:
-      UserError: some are of one colour, and that is refused.
+      UserError: some are of one colour, and `refuse` is set.
     """
     if not len(images):
       return
@@ -59,7 +60,7 @@ class Guard:
       )
 
   def finish(self) -> None:
-    """The set is through.
+    """Checks what only the complete set shows.
 
     Raises:
       UserError: no value of it exceeds 1.

@@ -10,7 +10,7 @@ import numpy as np
 
 from diffit_jax.data import sources, transforms
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.sets.image_set import Images, map_in_threads, stack
+from diffit_jax.evaluation.sets.image_set import ImageSet, map_in_threads, stack
 
 _HASHED_BYTES = 1 << 30  # folders up to this size are read once when opened
 
@@ -18,11 +18,11 @@ _HASHED_BYTES = 1 << 30  # folders up to this size are read once when opened
 def open_source(path: pathlib.Path, use_labels: bool = True) -> sources.Source:
   try:
     return sources.open_source(str(path), use_labels)
-  except UserError as error:  # which speaks of the flag of another command
+  except UserError as error:  # whose text names the flag of another command
     raise UserError(str(error).replace("--source=", "", 1)) from error
 
 
-def of_files(source: sources.Source, kind: str, given: str) -> Images:
+def of_files(source: sources.Source, kind: str, given: str) -> ImageSet:
   """The images of a listed folder or zip file."""
   names = list(source.sizes)
   first, _ = _decode(source, names[0], None)
@@ -42,14 +42,14 @@ def of_files(source: sources.Source, kind: str, given: str) -> Images:
   labels = None
   if source.labels:
     labels = np.array([source.labels[name] for name in names], np.int64)
-  about = {"source": given, "kind": kind, "num": len(names)}
-  return Images(
+  entry = {"source": given, "kind": kind, "num": len(names)}
+  return ImageSet(
     num=len(names),
     shape=shape,
     read=lambda index: stack(
       map_in_threads(decode, [names[i] for i in index]), shape
     ),
-    about=about | _identify(source, names[0], shape),
+    card_entry=entry | _identify(source, names[0], shape),
     get_labels=lambda: labels,
     get_class_names=lambda: source.class_names or None,
     tell=tell,
@@ -61,7 +61,7 @@ def _decode(
   name: str,
   first: tuple[str, tuple[int, int]] | None,
 ) -> tuple[np.ndarray, list[str]]:
-  """Image of a source -> uint8 [h, w, 3], and what is to be told of it.
+  """An image of a source: uint8 [h, w, 3], and notes to be logged.
 
   `first` is the name and size of the image that others must match.
   """
@@ -99,7 +99,10 @@ def _size(shape: tuple[int, int]) -> str:
 def _identify(
   source: sources.Source, first_name: str, shape: tuple[int, int]
 ) -> dict[str, str]:
-  """What tells the source from others; small ones are read, sizes compared."""
+  """A hash that tells the source from others.
+
+  Small sources are read, and the sizes of their images are compared.
+  """
   if sum(source.sizes.values()) > _HASHED_BYTES:
     return {"listing_hash": source.listing_hash()}
   digest = hashlib.sha256()

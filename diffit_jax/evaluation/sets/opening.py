@@ -1,9 +1,9 @@
-"""Images to be scored, or to be compared with: one form for all sources.
+"""Opens images to be scored, or compared with: one form for all sources.
 
   array     uint8 [n, h, w, 3 or 1]
   npz       `arr_0` of that kind, and labels `arr_1` [n] where there are any
             (ADM's sample files); `arr_0` stays on disk
-  folder    PNG, JPEG or WebP files; of a folder that `sample` wrote, its
+  folder    PNG, JPEG or WebP files; in a folder that `sample` wrote, its
             `images` in the order of their numbers, labels from its npz
   zip       the same in an archive (EDM's layout, labels in dataset.json)
   dataset   a prepared data set of images, by its name
@@ -29,29 +29,29 @@ from diffit_jax.data import records, sources, transforms
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.sets import image_files
 from diffit_jax.evaluation.sets.image_set import (
-  Images,
+  ImageSet,
   as_rgb,
   map_in_threads,
   stack,
 )
 
-SAMPLING_FILE = "sampling.json"  # what `sample` says of its settings
-_SHOWN_RANGE = 256  # images whose range is told where they are no uint8
+SAMPLING_FILE = "sampling.json"  # the settings that `sample` wrote
+_SHOWN_RANGE = 256  # images whose range an error tells if they are not uint8
 
 
 def open_images(
   where: str | os.PathLike | np.ndarray,
   data_dir: str | None = None,
   split: str = "train",
-) -> Images:
+) -> ImageSet:
   """Opens what can be scored.
 
   Args:
     where: an array, a path or the name of a data set (see the module); a path
       that exists wins over a data set of that name.
-    data_dir: of data sets; None stands for $TFDS_DATA_DIR or
-      ~/tensorflow_datasets.
-    split: of a data set.
+    data_dir: folder of the prepared data sets; None stands for $TFDS_DATA_DIR
+      or ~/tensorflow_datasets.
+    split: part of a data set.
 
   Raises:
     UserError: nothing of that name, or no images of one size in 8 bits.
@@ -83,15 +83,16 @@ def from_npz(
   source: str,
   sha256: str | None = None,
   data_dir: str | None = None,
-) -> Images:
+) -> ImageSet:
   """The images of an .npz file that is open.
 
   Args:
-    members: by name.
-    path: of the file.
+    members: {name: member}.
+    path: the file.
     source: the file as the user gave it.
-    sha256: of the file; None where it is not known yet.
-    data_dir: of data sets, one of which may know what classes are called.
+    sha256: the hash of the file; None if it is not known yet.
+    data_dir: folder of the prepared data sets, one of which may know the names
+      of the classes.
 
   Raises:
     UserError: no images among the members, or damage.
@@ -102,35 +103,36 @@ def from_npz(
   pixels = members["arr_0"].map()
   _check_pixels(pixels, what)
   labels = _read_labels(members, len(pixels), source)
-  about = {"source": source, "kind": "npz", "num": len(pixels)}
-  about["sha256"] = sha256 or npz.hash_npz(members)
-  return Images(
-    num=len(pixels),
-    shape=pixels.shape[1:3],
-    read=lambda index: as_rgb(pixels[np.asarray(index, int)]),
-    about=about,
+  return dataclasses.replace(
+    _of_pixels(pixels, source, "npz", sha256 or npz.hash_npz(members)),
     get_labels=lambda: labels,
     **_sampled(path.parent, data_dir),
   )
 
 
-def _of_array(pixels: np.ndarray) -> Images:
+def _of_array(pixels: np.ndarray) -> ImageSet:
   _check_pixels(pixels, "the array")
   digest = hashlib.sha256(str(pixels.shape).encode())
   for image in pixels:
     digest.update(np.ascontiguousarray(image))
-  about = {"source": "array", "kind": "array", "num": len(pixels)}
-  return Images(
-    num=len(pixels),
+  return _of_pixels(pixels, "array", "array", digest.hexdigest())
+
+
+def _of_pixels(
+  pixels: np.ndarray, source: str, kind: str, sha256: str
+) -> ImageSet:
+  num = len(pixels)
+  return ImageSet(
+    num=num,
     shape=pixels.shape[1:3],
     read=lambda index: as_rgb(pixels[np.asarray(index, int)]),
-    about=about | {"sha256": digest.hexdigest()},
+    card_entry={"source": source, "kind": kind, "num": num, "sha256": sha256},
   )
 
 
 def _of_folder(
   folder: pathlib.Path, given: str, data_dir: str | None
-) -> Images:
+) -> ImageSet:
   """A folder that `sample` wrote, its `images`, or a folder of any images."""
   is_inner = folder.resolve().name == "images"
   run = folder.resolve().parent if is_inner else folder
@@ -158,14 +160,14 @@ def _of_folder(
   )
 
 
-def _of_dataset(name: str, data_dir: str, split: str, given: str) -> Images:
+def _of_dataset(name: str, data_dir: str, split: str, given: str) -> ImageSet:
   dataset = dataset_lib.open_dataset(name, data_dir, split)
   if dataset.kind != "image":
     raise UserError(
       f"the data set {dataset.directory} holds latents, no images: give the"
       " images that they were made from"
     )
-  about = {
+  entry = {
     "source": given,
     "kind": "dataset",
     "num": dataset.num_images,
@@ -174,11 +176,11 @@ def _of_dataset(name: str, data_dir: str, split: str, given: str) -> Images:
     "content_hash": dataset.metadata.get("content_hash"),
   }
   shape = dataset.image_shape[:2]
-  return Images(
+  return ImageSet(
     num=dataset.num_images,
     shape=shape,
     read=lambda index: stack(_read_records(dataset, index), shape),
-    about=about,
+    card_entry=entry,
     get_labels=lambda: _labels_of_dataset(dataset),
     get_class_names=lambda: dataset.class_names or None,
   )
@@ -237,7 +239,7 @@ def _read_labels(
 
 
 def _sampled(folder: pathlib.Path, data_dir: str | None) -> dict[str, Any]:
-  """Fields of `Images` that `sample` wrote down beside the images."""
+  """Fields of `ImageSet` that `sample` wrote down beside the images."""
   sampling = _read_sampling(folder)
   about = sampling.get("about")
   about = about if isinstance(about, dict) else {}
@@ -256,11 +258,11 @@ def names_of_training(
 
   Args:
     data: name of its data set.
-    num_classes: of the network.
-    data_dir: of data sets.
+    num_classes: number of the network's classes.
+    data_dir: folder of the prepared data sets.
 
   Returns:
-    None where the data set is not there or has other classes.
+    None if the data set is not there or has other classes.
   """
   directory = data and dataset_lib.find_directory(data, data_dir)
   names = directory and dataset_lib.read_metadata(directory).get("class_names")
@@ -278,7 +280,7 @@ def _read_sampling(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _without_images(members: dict[str, npz.Member]) -> str:
-  """What to say of an npz without arr_0."""
+  """End of the error for an npz without arr_0."""
   if not members:
     return "is empty: images are its arr_0"
   if "mu" in members:
@@ -287,7 +289,7 @@ def _without_images(members: dict[str, npz.Member]) -> str:
 
 
 def _check_pixels(pixels: np.ndarray, what: str) -> None:
-  """Refuses whatever is not uint8 [n, h, w, 3 or 1] with n, h, w > 0."""
+  """Refuses everything but uint8 [n, h, w, 3 or 1] with n, h, w > 0."""
   shape, is_float = list(pixels.shape), pixels.dtype.kind == "f"
   if pixels.ndim != 4:
     raise UserError(

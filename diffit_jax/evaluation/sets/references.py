@@ -6,12 +6,12 @@
           Nichol 2021)
   edm     an npz of `mu` and `sigma` alone (Karras et al. 2022; also
           pytorch-fid)
-  images  whatever `images.open_images` takes; the statistics are to be computed
+  images  whatever `opening.open_images` takes; their statistics are computed
 
 What a file does not hold is never made up from what it holds: `missing` says
-which metrics it cannot serve, and why. Files that we write are of the adm kind,
-with one member more, `about`: JSON that says which extractor made the features,
-so that files of another one are refused and not compared with.
+what it lacks, and so which metrics it cannot serve. Files that we write are of
+the adm kind, with one more member, `about`: JSON that says which extractor made
+the features, so that statistics of another extractor are refused.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,15 +25,13 @@ import numpy as np
 
 from diffit_jax import npz
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.sets import image_set
-from diffit_jax.evaluation.sets import opening as images_lib
-from diffit_jax.evaluation.sets.image_set import Images
+from diffit_jax.evaluation.sets import image_set, opening
+from diffit_jax.evaluation.sets.image_set import ImageSet
 
-METRICS = ("fid", "sfid", "precision", "recall", "kid")  # against a reference
 SUBSET_SIZE = 10_000  # images that an ADM file holds
 _ASYMMETRY = 1e-5  # of sigma, relative to its largest entry: float32 rounding
 
-Statistics = tuple[np.ndarray, np.ndarray]  # mean [d], covariance [d, d]
+StoredMoments = tuple[np.ndarray, np.ndarray]  # mean [d], covariance [d, d]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,27 +40,25 @@ class Reference:
 
   Attributes:
     pool: float64 mean [d] and covariance [d, d] of the pool features; None
-      where they are to be computed from all `images`.
-    spatial: the same of the spatial features; None also where `missing` has
-      "sfid".
-    images: `arr_0`, or the whole set where `pool` is None; None where the file
-      has no images.
-    resolution: pixels per side; None where the file does not say, or where
-      images are not square.
-    num: images behind the statistics; None where the file does not say.
-    about: for a card, in JSON's types: "source" as it was given, "kind" ("adm",
-      "edm", "images"), "sha256" of a file; of images all of `Images.about`,
-      whose "kind" is then in "container"; "extractor" and all the rest of
-      "file" where a file of ours says it.
-    missing: {metric: why this reference cannot serve it}, of `METRICS`.
+      if they are to be computed from all `images`.
+    spatial: the same for the spatial features; None also if `missing` has
+      "spatial".
+    images: `arr_0`, or the whole set if `pool` is None; None if the file has no
+      images.
+    num: number of images behind the statistics; None if the file does not say.
+    card_entry: what a card says about it, in JSON's types: "source" as it was
+      given, "kind" ("adm", "edm", "images"), "sha256" of a file. For images all
+      of `ImageSet.card_entry`, whose "kind" is then in "container". For a file
+      that we wrote "file", all of its `about`, and "extractor", a part of it.
+    missing: {"spatial" (features) or "rows" (features of single images): why
+      the file cannot serve metrics that need them}.
   """
 
-  pool: Statistics | None
-  spatial: Statistics | None
-  images: Images | None
-  resolution: int | None
+  pool: StoredMoments | None
+  spatial: StoredMoments | None
+  images: ImageSet | None
   num: int | None
-  about: dict[str, Any]
+  card_entry: dict[str, Any]
   missing: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -74,9 +70,9 @@ def read_reference(
   """Opens a reference.
 
   Args:
-    where: a statistics file, or anything that `images.open_images` takes.
-    data_dir: of data sets.
-    split: of a data set.
+    where: a statistics file, or anything that `opening.open_images` takes.
+    data_dir: folder of the prepared data sets.
+    split: part of a data set.
 
   Raises:
     UserError: nothing there, or statistics that cannot be any.
@@ -87,22 +83,28 @@ def read_reference(
       members = npz.open_npz(path)
       if not {"mu", "sigma"}.isdisjoint(members):
         return _of_statistics(members, path, str(where), data_dir)
-  images = images_lib.open_images(where, data_dir, split)
+  images = opening.open_images(where, data_dir, split)
   return Reference(
     pool=None,
     spatial=None,
     images=images,
-    resolution=_side(images.shape),
     num=images.num,
-    about=images.about | {"kind": "images", "container": images.about["kind"]},
+    card_entry=images.card_entry
+    | {"kind": "images", "container": images.card_entry["kind"]},
   )
+
+
+def require_npz(out: pathlib.Path) -> None:
+  """Refuses another name for a file of statistics."""
+  if out.suffix != ".npz":
+    raise UserError(f"--out={out}: a file of statistics must end in .npz")
 
 
 def write_reference(
   path: str | os.PathLike,
   *,
-  pool: Statistics,
-  spatial: Statistics | None,
+  pool: StoredMoments,
+  spatial: StoredMoments | None,
   images: Iterator[np.ndarray],
   num_images: int,
   shape: tuple[int, int],
@@ -111,25 +113,22 @@ def write_reference(
   """Writes a statistics file of the adm kind, image by image.
 
   Args:
-    path: ends in ".npz"; the file appears there when it is whole.
+    path: name of the file, which appears there when it is whole.
     pool: mean [d] and covariance [d, d] of the pool features.
-    spatial: of the spatial features; None leaves them out.
+    spatial: the same for the spatial features; None leaves them out.
     images: blocks of uint8 [k, h, w, 3], the images of `choose_subset`.
-    num_images: in all blocks.
+    num_images: number of images in all blocks.
     shape: (height, width) of the images.
-    about: in JSON's types; "extractor", what `check_extractor` compares, and
-      "num", the images behind the statistics, are read again.
+    about: the member of that name, in JSON's types; two of its keys are read
+      again: "extractor", which `check_extractor` compares, and "num", the
+      number of images behind the statistics.
 
   Raises:
-    UserError: the statistics are none, or the file cannot be written; nothing
-      of it is left then, and a file that was there stays.
+    UserError: mean and covariance that cannot be any, or the file cannot be
+      written; then a file that was there before stays as it was.
     ValueError: the images are not what the other arguments say.
   """
   path = pathlib.Path(path)
-  if path.suffix != ".npz":
-    raise UserError(
-      f"the file of statistics must end in .npz, not {path.name!r}"
-    )
   members = {}
   for suffix, statistics in (("", pool), ("_s", spatial)):
     if statistics is not None:
@@ -149,16 +148,17 @@ def write_reference(
 def choose_subset(
   num: int, size: int = SUBSET_SIZE, seed: int = 0
 ) -> np.ndarray:
-  """Which images of a set go into a file: sorted indices, without repeats."""
+  """Indices of the images that go into a file: sorted, without repeats."""
   return np.sort(image_set.choose_subset(num, min(num, size), seed=seed))
 
 
 def check_dims(reference: Reference, dims: Mapping[str, int]) -> None:
-  """Raises a UserError where statistics are not of an extractor's features.
+  """Raises a UserError if statistics have other dimensions than an extractor.
 
   Args:
     reference: as it was read.
-    dims: {"pool": d, "spatial": d'} of the extractor, the latter if it has any.
+    dims: {"pool": d, "spatial": d'}, lengths of the extractor's features;
+      "spatial" only if it has any.
   """
   for name, statistics in (
     ("pool", reference.pool),
@@ -175,7 +175,7 @@ def check_dims(reference: Reference, dims: Mapping[str, int]) -> None:
 
 
 def check_resolution(reference: Reference, shape: tuple[int, int]) -> None:
-  """Raises a UserError where a reference has images of another size.
+  """Raises a UserError if the reference has images of another size.
 
   Args:
     reference: as it was read; without images there is nothing to compare.
@@ -190,20 +190,21 @@ def check_resolution(reference: Reference, shape: tuple[int, int]) -> None:
     )
 
 
-def check_extractor(reference: Reference, about: Mapping[str, Any]) -> None:
-  """Raises a UserError where a file of ours is of another extractor.
+def check_extractor(reference: Reference, extractor: Mapping[str, Any]) -> None:
+  """Raises a UserError if a file of ours was made with another extractor.
 
   Args:
-    reference: as it was read; a file that says nothing of its extractor passes.
-    about: the extractor at hand: "name", "sha256" of its weights, "resize".
+    reference: as it was read; a file that does not name its extractor passes.
+    extractor: what a card says about the extractor at hand: "name", "sha256" of
+      its weights, "resize".
   """
-  former = reference.about.get("extractor")
+  former = reference.card_entry.get("extractor")
   if former is None:
     return
   differences = [
-    f"{key} {former.get(key)!r} there, {about.get(key)!r} here"
+    f"{key} {former.get(key)!r} there, {extractor.get(key)!r} here"
     for key in ("name", "sha256", "resize")
-    if former.get(key) != about.get(key)
+    if former.get(key) != extractor.get(key)
   ]
   if differences:
     raise UserError(
@@ -224,22 +225,21 @@ def _of_statistics(
   spatial = _read_statistics(members, "_s", source)
   images = None
   if "arr_0" in members:
-    images = images_lib.from_npz(members, path, source, sha256, data_dir)
+    images = opening.from_npz(members, path, source, sha256, data_dir)
   is_edm = spatial is None and images is None
-  about = {"source": source, "kind": "edm" if is_edm else "adm"}
-  about["sha256"] = sha256
+  kind = "edm" if is_edm else "adm"
+  entry = {"source": source, "kind": kind, "sha256": sha256}
   if said:
-    about["file"] = said
+    entry["file"] = said
   if isinstance(said.get("extractor"), dict):
-    about["extractor"] = said["extractor"]
+    entry["extractor"] = said["extractor"]
   num = said.get("num")
   return Reference(
     pool=pool,
     spatial=spatial,
     images=images,
-    resolution=_side(images.shape) if images else None,
     num=num if isinstance(num, int) else None,
-    about=about,
+    card_entry=entry,
     missing=_missing(source, spatial, images),
   )
 
@@ -247,16 +247,15 @@ def _of_statistics(
 def _missing(source, spatial, images) -> dict[str, str]:
   missing = {}
   if spatial is None:
-    missing["sfid"] = f"{source} holds no spatial statistics (mu_s, sigma_s)"
+    missing["spatial"] = f"{source} holds no spatial statistics (mu_s, sigma_s)"
   if images is None:
-    reason = f"{source} holds no images (arr_0)"
-    missing |= dict.fromkeys(("precision", "recall", "kid"), reason)
+    missing["rows"] = f"{source} holds no images (arr_0)"
   return missing
 
 
 def _read_statistics(
   members: dict[str, npz.Member], suffix: str, source: str
-) -> Statistics | None:
+) -> StoredMoments | None:
   names = (f"mu{suffix}", f"sigma{suffix}")
   there = [name for name in names if name in members]
   if not there:
@@ -268,8 +267,8 @@ def _read_statistics(
   return _check_statistics(mu, sigma, suffix, source)
 
 
-def _check_statistics(mu, sigma, suffix: str, source: str) -> Statistics:
-  """Refuses what is no mean and covariance; gives them in float64."""
+def _check_statistics(mu, sigma, suffix: str, source: str) -> StoredMoments:
+  """Mean and covariance in float64; refuses what cannot be any."""
   mu, sigma = np.asarray(mu), np.asarray(sigma)
   names = f"mu{suffix} and sigma{suffix} of {source}"
   kinds = {array.dtype.newbyteorder("=").str[1:] for array in (mu, sigma)}
@@ -299,7 +298,7 @@ def _check_statistics(mu, sigma, suffix: str, source: str) -> Statistics:
 
 
 def _read_about(members: dict[str, npz.Member]) -> dict[str, Any]:
-  """The JSON of a file of ours; {} of any other."""
+  """The JSON in a file that we wrote; {} for any other file."""
   member = members.get("about")
   if member is None or member.shape or member.dtype.kind != "U":
     return {}
@@ -310,9 +309,5 @@ def _read_about(members: dict[str, npz.Member]) -> dict[str, Any]:
   return said if isinstance(said, dict) else {}
 
 
-def _side(shape: tuple[int, int]) -> int | None:
-  return shape[0] if shape[0] == shape[1] else None
-
-
 def _source(reference: Reference) -> str:
-  return str(reference.about["source"])
+  return str(reference.card_entry["source"])

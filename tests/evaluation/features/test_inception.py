@@ -14,8 +14,13 @@ from safetensors.numpy import save_file
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import load_inception
+from diffit_jax.evaluation.features import (
+  RESIZE_RULES,
+  inception,
+  inception_weights,
+  resize,
+)
 from diffit_jax.evaluation.features import extractor as extractor_lib
-from diffit_jax.evaluation.features import inception, inception_weights, resize
 import inception_fill
 
 # Of the float64 network on `golden_input`, weights of `inception_fill.fill`.
@@ -171,7 +176,7 @@ class TestFold:
 class TestFile:
   def test_file_and_dict_are_the_same(self, extractor, file):
     from_file = load_inception(file)
-    assert from_file.about == extractor.about
+    assert from_file.card_entry == extractor.card_entry
     # The file holds float32, the dict was folded from float64.
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7, atol=1e-7),
@@ -193,7 +198,7 @@ class TestFile:
         )
 
   def test_about_is_json_and_changes_with_any_weight(self, state):
-    about = load_inception(state, "pytorch_fid").about
+    about = load_inception(state, "pytorch_fid").card_entry
     assert json.loads(json.dumps(about)) == about
     assert about["resize"] == "pytorch_fid" and len(about["sha256"]) == 64
     bias = state["fc.bias"].copy()
@@ -325,7 +330,7 @@ class TestExtractor:
       inception.Inception, "apply", lambda self, variables, x: {"pool": x}
     )
     images = noise(2, 10, 30)
-    for rule in resize.RULES:
+    for rule in RESIZE_RULES:
       found = load_inception(state, rule).outputs(images)["pool"]
       want = resize.prepare(jnp.asarray(images), 299, rule)
       np.testing.assert_allclose(found, want, atol=1e-6)

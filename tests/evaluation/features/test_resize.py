@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.features import resize
+from diffit_jax.evaluation.features import RESIZE_RULES, resize
 
 
 def lerp(row: np.ndarray, i: int, n_out: int, rule: str):
@@ -56,7 +56,7 @@ def test_ramp_shrinks_by_the_tf1_rule():
   )
 
 
-@pytest.mark.parametrize("rule", resize.RULES)
+@pytest.mark.parametrize("rule", RESIZE_RULES)
 @pytest.mark.parametrize(
   "shape", [(5, 9), (32, 32), (299, 40), (298, 301), (600, 411)]
 )
@@ -84,7 +84,7 @@ def test_size_299_is_only_normalised(rule, zero, full):
   np.testing.assert_allclose(got[:, ::2], full, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", resize.RULES)
+@pytest.mark.parametrize("rule", RESIZE_RULES)
 def test_own_size_has_taps_on_the_pixels(rule):
   # What lets `resize_axis` leave an axis of its own size as it is.
   low, _, f = resize.taps(299, 299, rule)
@@ -102,7 +102,7 @@ def test_there_is_no_antialiasing():
 
 
 def test_taps_stay_inside_for_every_size():
-  for rule in resize.RULES:
+  for rule in RESIZE_RULES:
     for n_in in (1, 2, 28, 64, 255, 512, 1024):
       low, high, f = resize.taps(n_in, 299, rule)
       assert low.min() >= 0 and high.max() <= n_in - 1

@@ -99,24 +99,6 @@ def test_state_resumes_to_the_same_bits(num):
   assert all(isinstance(a, np.ndarray) for a in stored.values())
 
 
-@pytest.mark.parametrize("cut", [0, 1, 2048, 2500, 4499, 4500])
-def test_merge_equals_one_stream(cut):
-  x = features(4500)
-  a, b = streamed(x[:cut], 999), streamed(x[cut:], 999)
-  before = b.state()
-  assert a.merge(b) is a
-  assert_close(a, x)
-  for name, array in b.state().items():
-    np.testing.assert_array_equal(array, before[name])
-
-
-@pytest.mark.parametrize("n", [2500, 4000])
-def test_merge_with_itself(n):
-  x = features(n)
-  found = streamed(x, n)
-  assert_close(found.merge(found), np.concatenate([x, x]))
-
-
 def test_a_large_mean_costs_only_the_digits_that_it_has_itself():
   """Deviations of 1 about 1e8: sum xx - n mm would lose all 16 digits.
 
@@ -150,14 +132,8 @@ def test_refusals():
     found.covariance()
   with pytest.raises(UserError, match="4 dimensions, not 3"):
     found.update(np.zeros((2, 4)))
-  with pytest.raises(UserError, match="4 dimensions cannot join those of 3"):
-    found.merge(Moments(4))
   with pytest.raises(UserError, match="at least one dimension"):
     Moments(0)
-  with pytest.raises(UserError, match="lack scatter, rows"):
-    Moments.from_state({"absorbed": 1, "mean": np.zeros(3)})
-  with pytest.raises(UserError, match="do not agree"):
-    Moments.from_state({**found.state(), "scatter": np.zeros((2, 2))})
   bad = np.zeros((5, 3))
   bad[2, 1] = np.nan
   with pytest.raises(UserError, match="infinity or a NaN, first in row 2"):

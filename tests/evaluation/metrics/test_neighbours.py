@@ -29,7 +29,7 @@ def naive(reference, samples, k=3) -> tuple[float, float]:
 def radii(x, k=3, tile=2048) -> np.ndarray:
   """Squared radii of one set by the module, in the features' own unit."""
   frame = neighbours.frame_of(x, x)
-  found = neighbours.squared_radii(neighbours.to_tiles(x, frame, tile), k)
+  found = neighbours.squared_radii([*neighbours.cut(x, frame, tile)], k)
   return np.concatenate(found)[: len(x)] * frame.unit**2
 
 

@@ -14,10 +14,12 @@ from diffit_jax.errors import UserError
 from diffit_jax.evaluation import card, job, measure
 from diffit_jax.evaluation.collector import Collector
 from diffit_jax.evaluation.features import spaces
-from diffit_jax.evaluation.sets import class_matching as classes_lib
-from diffit_jax.evaluation.sets import image_set
-from diffit_jax.evaluation.sets import opening as images
-from diffit_jax.evaluation.sets import references as reference
+from diffit_jax.evaluation.sets import (
+  class_matching,
+  image_set,
+  opening,
+  references,
+)
 from diffit_jax.evaluation.sets.samples import ImageSamples
 from diffit_jax.parallel.mesh import make_mesh
 
@@ -26,7 +28,7 @@ EACH = 6  # images of a class
 
 
 def _classes(labels, names=None, num=None):
-  return classes_lib.Classes("somewhere", np.array(labels), names, num)
+  return class_matching.Classes("somewhere", np.array(labels), names, num)
 
 
 def _digits(num: int) -> tuple[str, ...]:
@@ -58,7 +60,7 @@ def _digits(num: int) -> tuple[str, ...]:
 )
 def test_classes_that_are_the_same(samples, reference, pairs, rule):
   samples, reference = _classes(*samples), _classes(*reference)
-  found = classes_lib.match(samples, reference)
+  found = class_matching.match(samples, reference)
   assert {ours: theirs for _, ours, theirs in found.pairs} == pairs
   assert found.rule == rule
   for title, _, theirs in found.pairs:
@@ -89,7 +91,7 @@ def test_classes_that_are_the_same(samples, reference, pairs, rule):
 )
 def test_classes_that_nobody_can_tell(samples, reference, message):
   with pytest.raises(UserError, match=message):
-    classes_lib.match(_classes(*samples), _classes(*reference))
+    class_matching.match(_classes(*samples), _classes(*reference))
 
 
 def _pictures(seed: int) -> dict[str, np.ndarray]:
@@ -113,7 +115,7 @@ def _measure(where, data_dir=None, **options):
   mesh = make_mesh(devices=jax.devices()[:1])
   return measure.make_measure(
     Collector(spaces.pixels_space(), mesh),
-    reference.read_reference(where, data_dir),
+    references.read_reference(where, data_dir),
     (8, 8),
     wanted=["frechet_pixels"],
     **options,
@@ -141,7 +143,7 @@ def test_each_class_is_compared_with_the_class_of_its_name(tmp_path):
   part = _write(tmp_path / "part", {name: fake[name] for name in WORDS[1:]})
   for where in (folder, "animals"):
     compared = _measure(where, str(tmp_path), per_class=True)
-    samples = ImageSamples(images.open_images(part))
+    samples = ImageSamples(opening.open_images(part))
     found = job.evaluate(compared, samples, num=2 * EACH)
     assert found["protocol"]["classes"] == "by name"
     assert set(found["per_class"]) == {"bee", "cow"}
@@ -154,14 +156,14 @@ def test_each_class_is_compared_with_the_class_of_its_name(tmp_path):
   pixels = np.concatenate([fake["bee"], fake["cow"]])
   np.savez(run / "samples.npz", pixels, np.repeat([1, 2], EACH))
   with pytest.raises(UserError, match="cannot tell which classes"):
-    samples = ImageSamples(images.open_images(run / "samples.npz"))
+    samples = ImageSamples(opening.open_images(run / "samples.npz"))
     job.evaluate(compared, samples, num=2 * EACH)
   for about, rule in (
     ({"num_classes": 3}, "by number"),
     ({"num_classes": 3, "data": "animals"}, "by name"),
   ):
     (run / "sampling.json").write_text(json.dumps({"about": about}))
-    samples = images.open_images(run / "samples.npz", str(tmp_path))
+    samples = opening.open_images(run / "samples.npz", str(tmp_path))
     found = job.evaluate(compared, ImageSamples(samples), num=2 * EACH)
     assert found["protocol"]["classes"] == rule
     np.testing.assert_allclose(found["per_class"]["cow"], wanted["cow"], 1e-4)
@@ -211,7 +213,7 @@ def test_some_of_the_images_are_a_fixed_mixture(tmp_path):
   real, fake = _pictures(0), _pictures(1)
   all_real, all_fake = (np.concatenate([*x.values()]) for x in (real, fake))
   compared = _measure(all_real)
-  samples = ImageSamples(images.open_images(_write(tmp_path / "fake", fake)))
+  samples = ImageSamples(opening.open_images(_write(tmp_path / "fake", fake)))
   path = tmp_path / "card.json"
   options = {"num": 8, "repeats": 2}
   found = job.evaluate_to_file(compared, samples, path, **options)
@@ -239,7 +241,7 @@ def test_samples_that_sample_made_are_taken_from_the_first(tmp_path):
   """As a network's own, to which they are equal."""
   np.savez(tmp_path / "x.npz", np.concatenate([*_pictures(0).values()]))
   (tmp_path / "sampling.json").write_text('{"seed": 0}')
-  samples = ImageSamples(images.open_images(tmp_path / "x.npz"))
+  samples = ImageSamples(opening.open_images(tmp_path / "x.npz"))
   batch = samples.batches(1, 5, make_mesh(devices=jax.devices()[:1])).get(0, 5)
   np.testing.assert_array_equal(
     batch, np.concatenate([*_pictures(0).values()])[5:10]
@@ -257,7 +259,7 @@ def test_the_card_warns_of_splits_with_few_classes(tmp_path, monkeypatch):
     (np.zeros(18, int), 18, False),
   ):
     np.savez(tmp_path / "x.npz", pixels, labels)
-    samples = ImageSamples(images.open_images(tmp_path / "x.npz"))
+    samples = ImageSamples(opening.open_images(tmp_path / "x.npz"))
     wanted = ("inception_score",)
     found = job.warn_of_order(wanted, samples, num)
     assert bool(found) == is_warned

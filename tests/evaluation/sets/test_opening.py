@@ -18,8 +18,7 @@ from diffit_jax.data import dataset as dataset_lib
 from diffit_jax.data import preparation
 from diffit_jax.data.builders import image_folder
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.sets import image_files
-from diffit_jax.evaluation.sets import opening as images
+from diffit_jax.evaluation.sets import image_files, opening
 from diffit_jax.evaluation.sets.guard import Guard
 from diffit_jax.generation import output
 
@@ -101,7 +100,7 @@ def _sorted(pixels, labels):
   ],
 )
 def test_every_source_gives_the_same_images(places, place, kind):
-  found = images.open_images(places[place], places["dir"])
+  found = opening.open_images(places[place], places["dir"])
   assert (found.num, found.shape) == (N, (SIDE, SIDE))
   pixels = found.read(np.arange(N))
   assert pixels.dtype == np.uint8
@@ -114,26 +113,26 @@ def test_every_source_gives_the_same_images(places, place, kind):
   index = np.array([7, 0, 7, 11])  # any order, twice, more or fewer
   np.testing.assert_array_equal(found.read(index), pixels[index])
   assert found.read(index[:0]).shape == (0, SIDE, SIDE, 3)
-  assert found.about["source"] == str(places[place])
-  assert (found.about["kind"], found.about["num"]) == (kind, N)
-  json.dumps(found.about)
+  assert found.card_entry["source"] == str(places[place])
+  assert (found.card_entry["kind"], found.card_entry["num"]) == (kind, N)
+  json.dumps(found.card_entry)
   assert found.sampling == {}
 
 
 def test_an_array_is_taken_as_it_is():
-  found = images.open_images(PIXELS)
+  found = opening.open_images(PIXELS)
   np.testing.assert_array_equal(found.read(np.array([3, 1])), PIXELS[[3, 1]])
   assert found.labels is None
-  assert found.about["kind"] == "array"
+  assert found.card_entry["kind"] == "array"
   changed = PIXELS.copy()
   changed[5, 4, 3, 2] ^= 1
-  other = images.open_images(changed)
-  assert other.about["sha256"] != found.about["sha256"]
+  other = opening.open_images(changed)
+  assert other.card_entry["sha256"] != found.card_entry["sha256"]
 
 
 def test_what_is_read_is_ones_own(places):
   for place in ("array", "stored", "folder", "raw"):
-    found = images.open_images(places[place], places["dir"])
+    found = opening.open_images(places[place], places["dir"])
     before = found.read(np.arange(3))
     found.read(np.arange(3))[:] = 0
     np.testing.assert_array_equal(found.read(np.arange(3)), before)
@@ -141,7 +140,7 @@ def test_what_is_read_is_ones_own(places):
 
 def test_reading_from_many_threads(places):
   for place in ("zip", "png", "compressed"):
-    found = images.open_images(places[place], places["dir"])
+    found = opening.open_images(places[place], places["dir"])
     whole = found.read(np.arange(N))
     with futures.ThreadPoolExecutor(4) as pool:
       index = [np.roll(np.arange(N), i) for i in range(16)]
@@ -154,12 +153,12 @@ def test_gray_is_repeated(tmp_path):
   np.savez(tmp_path / "gray.npz", gray)
   folder = _write_folder(tmp_path / "gray", gray)
   for where in (gray, tmp_path / "gray.npz", folder):
-    pixels = images.open_images(where).read(np.arange(N))
+    pixels = opening.open_images(where).read(np.arange(N))
     np.testing.assert_array_equal(pixels, np.repeat(gray, 3, axis=-1))
 
 
 def test_gray_data_sets_are_repeated(data_dir):
-  pixels = images.open_images("digits", data_dir).read(np.arange(10))
+  pixels = opening.open_images("digits", data_dir).read(np.arange(10))
   assert pixels.shape[-1] == 3
   np.testing.assert_array_equal(pixels[..., 0], pixels[..., 2])
   assert pixels.max() > 1
@@ -168,7 +167,7 @@ def test_gray_data_sets_are_repeated(data_dir):
 def test_images_need_not_be_square(tmp_path):
   pixels = _noise(3, 4, 6, 3)
   folder = _write_folder(tmp_path / "wide", pixels)
-  found = images.open_images(folder)
+  found = opening.open_images(folder)
   assert found.shape == (4, 6)
   np.testing.assert_array_equal(found.read(np.arange(3)), pixels)
 
@@ -188,7 +187,7 @@ def test_a_folder_of_sample_is_its_images_with_the_labels_of_its_npz(tmp_path):
   folder = _sample(tmp_path / "run")
   npz_file = folder / f"samples_{N}x{SIDE}x{SIDE}x3.npz"
   for where in (folder, folder / "images", npz_file):
-    found = images.open_images(where)
+    found = opening.open_images(where)
     np.testing.assert_array_equal(found.read(np.arange(N)), PIXELS)
     np.testing.assert_array_equal(found.labels, LABELS)
     assert found.sampling == {"seed": 3, "ema": 0.5}
@@ -200,7 +199,7 @@ def test_images_of_sample_follow_their_numbers(tmp_path):
   names = ("000007", "200000", "1000000")
   _write_folder(run / "images", PIXELS[:3], lambda i: f"{names[i]}.png")
   (run / "sampling.json").write_text("{}")
-  found = images.open_images(run)
+  found = opening.open_images(run)
   np.testing.assert_array_equal(found.read(np.arange(3)), PIXELS[:3])
 
 
@@ -210,60 +209,62 @@ def test_samples_without_labels_and_unfinished_samples(tmp_path, monkeypatch):
     logging, "warning", lambda text, *a: warnings.append(text)
   )
   folder = _sample(tmp_path / "run", labels=None)
-  assert images.open_images(folder).labels is None
+  assert opening.open_images(folder).labels is None
   assert not warnings
   (folder / "images" / "000003.png").unlink()
-  found = images.open_images(folder)
+  found = opening.open_images(folder)
   assert (found.num, found.labels) == (N - 1, None)
   assert "sampling is not finished" in warnings[-1]
   (folder / "sampling.json").write_text("{")
-  assert images.open_images(folder).sampling == {}
+  assert opening.open_images(folder).sampling == {}
   assert "is damaged" in warnings[-1] or "is damaged" in warnings[-2]
 
 
 def test_a_path_wins_over_a_data_set(places, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  assert images.open_images("raw", places["dir"]).about["kind"] == "dataset"
+  found = opening.open_images("raw", places["dir"])
+  assert found.card_entry["kind"] == "dataset"
   _write_folder(tmp_path / "raw", PIXELS[:2])
-  found = images.open_images("raw", places["dir"])
-  assert (found.about["kind"], found.num) == ("folder", 2)
+  found = opening.open_images("raw", places["dir"])
+  assert (found.card_entry["kind"], found.num) == ("folder", 2)
 
 
 def test_the_folder_of_a_data_set_is_the_data_set(places):
   where = f"{places['dir']}/raw"
-  found = images.open_images(where, split="train[:5]")
-  assert (found.about["kind"], found.num) == ("dataset", 5)
-  assert found.about["source"] == where
+  found = opening.open_images(where, split="train[:5]")
+  assert (found.card_entry["kind"], found.num) == ("dataset", 5)
+  assert found.card_entry["source"] == where
 
 
 def test_a_data_set_of_latents_is_refused(places, monkeypatch):
   made = dataset_lib.open_dataset("raw", places["dir"])
   latent = dataclasses.replace(made, kind="latent")
-  monkeypatch.setattr(images.dataset_lib, "open_dataset", lambda *_: latent)
+  monkeypatch.setattr(opening.dataset_lib, "open_dataset", lambda *_: latent)
   with pytest.raises(UserError, match="raw/1.0.0 holds latents, no images"):
-    images.open_images("raw", places["dir"])
+    opening.open_images("raw", places["dir"])
 
 
 def test_the_hash_tells_sets_apart(places, tmp_path, monkeypatch):
   folder = tmp_path / "copy"
   shutil.copytree(places["folder"], folder)
-  first = images.open_images(places["folder"]).about
-  copy = images.open_images(folder).about
-  zipped = images.open_images(_zip_folder(folder, tmp_path / "z.zip")).about
+  first = opening.open_images(places["folder"]).card_entry
+  copy = opening.open_images(folder).card_entry
+  zip_file = _zip_folder(folder, tmp_path / "z.zip")
+  zipped = opening.open_images(zip_file).card_entry
   assert first["content_hash"] == copy["content_hash"] == zipped["content_hash"]
   file = folder / _in_class(4)
   data = bytearray(file.read_bytes())
   data[-1] ^= 1  # of the checksum of the last chunk, which Pillow passes over
   file.write_bytes(data)
-  changed = images.open_images(folder).about
+  changed = opening.open_images(folder).card_entry
   assert changed["content_hash"] != first["content_hash"]
   monkeypatch.setattr(image_files, "_HASHED_BYTES", 10)
-  large = images.open_images(folder).about
+  large = opening.open_images(folder).card_entry
   assert "content_hash" not in large
   monkeypatch.undo()
   file.write_bytes(data + b"x")
   monkeypatch.setattr(image_files, "_HASHED_BYTES", 10)
-  longer = images.open_images(folder).about
+  longer = opening.open_images(folder).card_entry
   assert longer["listing_hash"] != large["listing_hash"]
 
 
@@ -292,10 +293,10 @@ def _save(tmp_path, **arrays):
 )
 def test_arrays_that_are_no_images(tmp_path, pixels, message):
   with pytest.raises(UserError, match=f"^the array.*{message}"):
-    images.open_images(pixels)
+    opening.open_images(pixels)
   where = _save(tmp_path, arr_0=pixels)
   with pytest.raises(UserError, match=rf"^arr_0 of .*x\.npz.*{message}"):
-    images.open_images(where)
+    opening.open_images(where)
 
 
 @pytest.mark.parametrize(
@@ -312,11 +313,11 @@ def test_arrays_that_are_no_images(tmp_path, pixels, message):
 )
 def test_npz_files_without_images(tmp_path, arrays, message):
   with pytest.raises(UserError, match=message):
-    images.open_images(_save(tmp_path, **arrays))
+    opening.open_images(_save(tmp_path, **arrays))
 
 
 def _reads(where) -> bytes:
-  found = images.open_images(where)
+  found = opening.open_images(where)
   return found.read(np.arange(found.num)).tobytes()
 
 
@@ -324,9 +325,9 @@ def test_what_is_not_there(tmp_path):
   with pytest.raises(
     UserError, match="no file or folder gone, and no prepared data set 'gone'"
   ):
-    images.open_images("gone", str(tmp_path))
+    opening.open_images("gone", str(tmp_path))
   with pytest.raises(UserError, match=r"no file or folder .*x\.npz, and no"):
-    images.open_images(tmp_path / "x.npz", str(tmp_path))
+    opening.open_images(tmp_path / "x.npz", str(tmp_path))
 
 
 def test_bad_folders_and_zip_files(tmp_path, monkeypatch):
@@ -344,7 +345,7 @@ def test_bad_folders_and_zip_files(tmp_path, monkeypatch):
   broken = _write_folder(tmp_path / "broken", PIXELS[:3])
   file = broken / "000002.png"
   file.write_bytes(file.read_bytes()[:100])
-  for limit, look in ((1 << 30, images.open_images), (0, _reads)):
+  for limit, look in ((1 << 30, opening.open_images), (0, _reads)):
     monkeypatch.setattr(image_files, "_HASHED_BYTES", limit)
     for where in (mixed, _zip_folder(mixed, tmp_path / "mixed.zip")):
       with pytest.raises(UserError, match=f"of different sizes: {sizes}"):
@@ -357,10 +358,10 @@ def test_bad_folders_and_zip_files(tmp_path, monkeypatch):
 def test_a_run_without_images(tmp_path):
   (tmp_path / "sampling.json").write_text("{}")
   with pytest.raises(UserError, match="sampling into it has not begun"):
-    images.open_images(tmp_path)
+    opening.open_images(tmp_path)
   (tmp_path / "latents").mkdir()
   with pytest.raises(UserError, match="holds latents, no images"):
-    images.open_images(tmp_path)
+    opening.open_images(tmp_path)
 
 
 def _flip_bits(data: bytes, position: int) -> bytes:
@@ -382,7 +383,7 @@ def test_no_damage_goes_unseen(tmp_path, save):
   for position in range(0, len(whole), 3):
     path.write_bytes(_flip_bits(whole, position))
     try:
-      found = images.open_images(path)
+      found = opening.open_images(path)
       np.testing.assert_array_equal(found.read(np.arange(2)), pixels)
       labels = found.labels
     except UserError as error:
@@ -450,7 +451,7 @@ def test_encrypted_members_are_refused(tmp_path):
   data[6] |= 1
   (tmp_path / "x.npz").write_bytes(data)
   with pytest.raises(UserError, match="encrypted"):
-    images.open_images(where)
+    opening.open_images(where)
 
 
 def test_little_memory_for_a_large_file(tmp_path):
@@ -461,7 +462,7 @@ def test_little_memory_for_a_large_file(tmp_path):
   try:
     stream = npz.Stream(shape, np.uint8, blocks)
     npz.write_npz(tmp_path / "x.npz", {"arr_0": stream})
-    found = images.open_images(tmp_path / "x.npz")
+    found = opening.open_images(tmp_path / "x.npz")
     pixels = found.read(np.array([0, 500, 999]))
     assert tracemalloc.get_traced_memory()[1] < 16 << 20
   finally:
@@ -480,7 +481,7 @@ def test_no_room_to_inflate(tmp_path, monkeypatch):
 
   monkeypatch.setattr(npz.tempfile, "TemporaryFile", Full)
   with pytest.raises(UserError, match="no room to inflate arr_0.npy.*TMPDIR"):
-    images.open_images(path)
+    opening.open_images(path)
 
 
 def test_a_guard_refuses_images_of_one_colour():

@@ -13,7 +13,7 @@ import pytest
 
 from diffit_jax import npz
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.sets import references as reference
+from diffit_jax.evaluation.sets import references
 
 N, SIDE, D, E = 6, 8, 5, 3  # images, their side, pool and spatial features
 ABOUT = {
@@ -48,7 +48,7 @@ def _write(path, **changes):
     "shape": (SIDE, SIDE),
     "about": ABOUT,
   }
-  reference.write_reference(path, **(options | changes))
+  references.write_reference(path, **(options | changes))
   return path
 
 
@@ -58,18 +58,18 @@ def _save(path, **arrays):
 
 
 def test_a_round_trip_bit_for_bit(tmp_path):
-  found = reference.read_reference(_write(tmp_path / "new" / "ref.npz"))
+  found = references.read_reference(_write(tmp_path / "new" / "ref.npz"))
   for ours, theirs in zip(found.pool + found.spatial, POOL + SPATIAL):
     assert ours.dtype == np.float64
     np.testing.assert_array_equal(ours, theirs)
   np.testing.assert_array_equal(found.images.read(np.arange(N)), PIXELS)
-  assert (found.resolution, found.num) == (SIDE, 50_000)
+  assert found.num == 50_000
   assert found.missing == {}
-  assert found.about["kind"] == "adm"
-  assert found.about["extractor"] == ABOUT["extractor"]
-  assert found.about["file"] == ABOUT
-  assert found.about["sha256"] == found.images.about["sha256"]
-  json.dumps(found.about)
+  assert found.card_entry["kind"] == "adm"
+  assert found.card_entry["extractor"] == ABOUT["extractor"]
+  assert found.card_entry["file"] == ABOUT
+  assert found.card_entry["sha256"] == found.images.card_entry["sha256"]
+  json.dumps(found.card_entry)
   again = _write(tmp_path / "again.npz")
   assert again.read_bytes() == (tmp_path / "new" / "ref.npz").read_bytes()
   assert os.listdir(tmp_path / "new") == ["ref.npz"]
@@ -103,36 +103,34 @@ def test_others_can_read_what_we_write(tmp_path):
 @pytest.mark.parametrize("dtype", ["f4", "f8", ">f8"])
 def test_files_of_others(tmp_path, save, dtype):
   save(tmp_path / "x.npz", **ADM | {"sigma": POOL[1].astype(dtype)})
-  found = reference.read_reference(tmp_path / "x.npz")
+  found = references.read_reference(tmp_path / "x.npz")
   assert found.pool[1].dtype == np.dtype("float64")
   np.testing.assert_array_equal(found.pool[1], POOL[1].astype(dtype))
   np.testing.assert_array_equal(found.spatial[1], SPATIAL[1])
   np.testing.assert_array_equal(found.images.read(np.arange(N)), PIXELS)
   assert (found.num, found.missing) == (None, {})
-  assert "extractor" not in found.about
+  assert "extractor" not in found.card_entry
 
 
 def test_a_file_of_mean_and_covariance_alone(tmp_path):
   where = _save(tmp_path / "x.npz", mu=POOL[0], sigma=POOL[1])
-  found = reference.read_reference(where)
-  assert (found.spatial, found.images, found.resolution) == (None,) * 3
-  assert found.about["kind"] == "edm"
-  assert set(found.missing) == {"sfid", "precision", "recall", "kid"}
-  assert found.missing["sfid"].endswith(
-    "x.npz holds no spatial statistics (mu_s, sigma_s)"
-  )
-  for name in ("precision", "recall", "kid"):
-    assert found.missing[name].endswith("x.npz holds no images (arr_0)")
+  found = references.read_reference(where)
+  assert (found.spatial, found.images) == (None, None)
+  assert found.card_entry["kind"] == "edm"
+  assert found.missing == {
+    "spatial": f"{where} holds no spatial statistics (mu_s, sigma_s)",
+    "rows": f"{where} holds no images (arr_0)",
+  }
 
 
 def test_a_file_without_one_of_its_parts(tmp_path):
   some = {name: ADM[name] for name in ("mu", "sigma", "arr_0")}
-  found = reference.read_reference(_save(tmp_path / "a.npz", **some))
-  assert (list(found.missing), found.about["kind"]) == (["sfid"], "adm")
+  found = references.read_reference(_save(tmp_path / "a.npz", **some))
+  assert (list(found.missing), found.card_entry["kind"]) == (["spatial"], "adm")
   some = {name: ADM[name] for name in ADM if name != "arr_0"}
-  found = reference.read_reference(_save(tmp_path / "b.npz", **some))
-  assert list(found.missing) == ["precision", "recall", "kid"]
-  assert found.about["kind"] == "adm"
+  found = references.read_reference(_save(tmp_path / "b.npz", **some))
+  assert list(found.missing) == ["rows"]
+  assert found.card_entry["kind"] == "adm"
 
 
 def test_images_are_references_too(tmp_path, data_dir):
@@ -146,24 +144,22 @@ def test_images_are_references_too(tmp_path, data_dir):
     (npz_file, "npz"),
     (PIXELS, "array"),
   ):
-    found = reference.read_reference(where)
+    found = references.read_reference(where)
     assert (found.pool, found.spatial, found.missing) == (None, None, {})
     np.testing.assert_array_equal(found.images.read(np.arange(N)), PIXELS)
-    assert (found.resolution, found.num) == (SIDE, N)
-    assert found.about["kind"] == "images"
-    assert found.about["container"] == container
-  found = reference.read_reference("digits", data_dir, "train[:50]")
-  assert (found.num, found.about["container"]) == (50, "dataset")
-  wide = reference.read_reference(PIXELS[:, :4])
-  assert wide.resolution is None
+    assert found.num == N
+    assert found.card_entry["kind"] == "images"
+    assert found.card_entry["container"] == container
+  found = references.read_reference("digits", data_dir, "train[:50]")
+  assert (found.num, found.card_entry["container"]) == (50, "dataset")
 
 
 def test_spatial_statistics_without_the_others_are_not_used(tmp_path):
   """As in ADM's rule: without mu, all statistics come from arr_0."""
   some = {name: ADM[name] for name in ("mu_s", "sigma_s", "arr_0")}
-  found = reference.read_reference(_save(tmp_path / "x.npz", **some))
+  found = references.read_reference(_save(tmp_path / "x.npz", **some))
   assert (found.pool, found.spatial) == (None, None)
-  assert found.about["kind"] == "images"
+  assert found.card_entry["kind"] == "images"
 
 
 _NAN = POOL[1].copy()
@@ -191,57 +187,58 @@ _ASKEW[0, 1] += 2e-5 * np.abs(POOL[1]).max()
 )
 def test_statistics_that_are_none(tmp_path, changes, message):
   with pytest.raises(UserError, match=message):
-    reference.read_reference(_save(tmp_path / "x.npz", **ADM | changes))
+    references.read_reference(_save(tmp_path / "x.npz", **ADM | changes))
 
 
 def test_rounding_to_float32_is_no_asymmetry(tmp_path):
   nearly = POOL[1].copy()
   nearly[0, 1] += 5e-6 * np.abs(nearly).max()
   where = _save(tmp_path / "x.npz", **ADM | {"sigma": nearly})
-  np.testing.assert_array_equal(reference.read_reference(where).pool[1], nearly)
+  found = references.read_reference(where)
+  np.testing.assert_array_equal(found.pool[1], nearly)
 
 
 def test_half_of_the_statistics(tmp_path):
   for name, other in (("mu", "sigma"), ("sigma", "mu")):
     where = _save(tmp_path / "x.npz", **{name: ADM[name], "arr_0": PIXELS})
     with pytest.raises(UserError, match=f"holds {name} and no {other}:"):
-      reference.read_reference(where)
+      references.read_reference(where)
   some = {name: ADM[name] for name in ("mu", "sigma", "sigma_s")}
   with pytest.raises(UserError, match="holds sigma_s and no mu_s:"):
-    reference.read_reference(_save(tmp_path / "x.npz", **some))
+    references.read_reference(_save(tmp_path / "x.npz", **some))
 
 
 def test_dimensions_of_another_extractor(tmp_path):
-  found = reference.read_reference(_write(tmp_path / "x.npz"))
-  reference.check_dims(found, {"pool": D, "spatial": E})
-  reference.check_dims(found, {"pool": D})
+  found = references.read_reference(_write(tmp_path / "x.npz"))
+  references.check_dims(found, {"pool": D, "spatial": E})
+  references.check_dims(found, {"pool": D})
   with pytest.raises(UserError, match="x.npz holds statistics of 5 pool feat"):
-    reference.check_dims(found, {"pool": 2048, "spatial": E})
+    references.check_dims(found, {"pool": 2048, "spatial": E})
   with pytest.raises(UserError, match="of 3 spatial .* extractor gives 2023"):
-    reference.check_dims(found, {"pool": D, "spatial": 2023})
-  reference.check_dims(reference.read_reference(PIXELS), {"pool": 2048})
+    references.check_dims(found, {"pool": D, "spatial": 2023})
+  references.check_dims(references.read_reference(PIXELS), {"pool": 2048})
 
 
 def test_another_resolution(tmp_path):
-  found = reference.read_reference(_write(tmp_path / "x.npz"))
-  reference.check_resolution(found, (SIDE, SIDE))
+  found = references.read_reference(_write(tmp_path / "x.npz"))
+  references.check_resolution(found, (SIDE, SIDE))
   message = re.escape("are 16x8 (height x width), the reference")
   with pytest.raises(UserError, match=f"{message} .*x.npz is of 8x8"):
-    reference.check_resolution(found, (16, 8))
+    references.check_resolution(found, (16, 8))
   where = _save(tmp_path / "edm.npz", mu=POOL[0], sigma=POOL[1])
-  reference.check_resolution(reference.read_reference(where), (16, 16))
+  references.check_resolution(references.read_reference(where), (16, 16))
 
 
 def test_another_extractor(tmp_path):
   extractor = ABOUT["extractor"]
-  found = reference.read_reference(_write(tmp_path / "x.npz"))
-  reference.check_extractor(found, extractor | {"dtype": "float32"})
+  found = references.read_reference(_write(tmp_path / "x.npz"))
+  references.check_extractor(found, extractor | {"dtype": "float32"})
   with pytest.raises(UserError, match="resize 'tf1' there, 'pytorch_fid' here"):
-    reference.check_extractor(found, extractor | {"resize": "pytorch_fid"})
+    references.check_extractor(found, extractor | {"resize": "pytorch_fid"})
   with pytest.raises(UserError, match="x.npz .*sha256 '0a1b' there, 'ff' here"):
-    reference.check_extractor(found, extractor | {"sha256": "ff"})
+    references.check_extractor(found, extractor | {"sha256": "ff"})
   where = _save(tmp_path / "adm.npz", **ADM)
-  reference.check_extractor(reference.read_reference(where), {"sha256": "ff"})
+  references.check_extractor(references.read_reference(where), {"sha256": "ff"})
 
 
 @pytest.mark.parametrize(
@@ -249,9 +246,9 @@ def test_another_extractor(tmp_path):
 )
 def test_a_member_about_of_others_is_passed_over(tmp_path, about):
   where = _save(tmp_path / "x.npz", **ADM, about=about)
-  found = reference.read_reference(where)
+  found = references.read_reference(where)
   assert found.num is None
-  assert "file" not in found.about
+  assert "file" not in found.card_entry
 
 
 def test_no_damage_goes_unseen(tmp_path):
@@ -260,13 +257,13 @@ def test_no_damage_goes_unseen(tmp_path):
   for cut in range(0, len(whole), 5):
     path.write_bytes(whole[:cut])
     with pytest.raises(UserError, match=r"x\.npz is damaged or no"):
-      reference.read_reference(path)
+      references.read_reference(path)
   for position in range(0, len(whole), 5):
     changed = bytearray(whole)
     changed[position] ^= 0x55
     path.write_bytes(changed)
     try:
-      found = reference.read_reference(path)
+      found = references.read_reference(path)
     except UserError:
       continue
     if found.pool is not None:  # unseen: dates and the like, or a member's name
@@ -306,8 +303,8 @@ def test_a_file_that_was_not_finished_is_not_there(
 
 
 def test_what_is_not_written(tmp_path):
-  with pytest.raises(UserError, match="must end in .npz, not 'ref.zip'"):
-    _write(tmp_path / "ref.zip")
+  with pytest.raises(UserError, match="ref.zip: a file of statistics must end"):
+    references.require_npz(tmp_path / "ref.zip")
   with pytest.raises(UserError, match="sigma of the features.*not symmetric"):
     _write(tmp_path / "x.npz", pool=(POOL[0], _ASKEW))
   (tmp_path / "file").write_text("")
@@ -347,19 +344,19 @@ def test_images_are_streamed(tmp_path):
 
 
 def test_without_spatial_statistics(tmp_path):
-  found = reference.read_reference(_write(tmp_path / "x.npz", spatial=None))
-  assert list(found.missing) == ["sfid"]
+  found = references.read_reference(_write(tmp_path / "x.npz", spatial=None))
+  assert list(found.missing) == ["spatial"]
 
 
 def test_the_subset():
-  assert reference.choose_subset(5).tolist() == [0, 1, 2, 3, 4]
-  assert len(reference.choose_subset(10_000)) == 10_000
-  index = reference.choose_subset(50_000)
+  assert references.choose_subset(5).tolist() == [0, 1, 2, 3, 4]
+  assert len(references.choose_subset(10_000)) == 10_000
+  index = references.choose_subset(50_000)
   assert len(index) == 10_000
   assert (np.diff(index) > 0).all()
   assert 0 <= index[0] < index[-1] < 50_000
-  np.testing.assert_array_equal(index, reference.choose_subset(50_000))
-  other = reference.choose_subset(50_000, seed=1)
+  np.testing.assert_array_equal(index, references.choose_subset(50_000))
+  other = references.choose_subset(50_000, seed=1)
   # Two draws of a fifth share a fifth of their members, 2000 +- 36.
   assert abs(len(np.intersect1d(index, other)) - 2000) < 200
   # The mean index is uniform's: 25,000 +- 14,434 / sqrt(10,000) * 0.9.
