@@ -193,10 +193,10 @@ def _claimed(out: pathlib.Path, is_folder: bool = False):
 
 def _build_reference(stop) -> int:
   from diffit_jax.evaluation import measure
-  from diffit_jax.evaluation.sets import opening, references
+  from diffit_jax.evaluation.sets import opening, reference_file
 
   out = pathlib.Path(_OUT.value)
-  references.require_npz(out)
+  reference_file.require_npz(out)
   found = opening.open_images(_BUILD.value, _DATA_DIR.value, _SPLIT.value)
   space = _space()
   with _claimed(out) as held:
@@ -292,7 +292,7 @@ def _network(mesh, field: str | None):
   from diffit_jax import models
   from diffit_jax.autoencoder.codec import make_codec
   from diffit_jax.evaluation.collector import Stopped
-  from diffit_jax.evaluation.sets import opening
+  from diffit_jax.evaluation.sets import opening, sampled
   from diffit_jax.evaluation.sets.network_samples import NetworkSamples
   from diffit_jax.evaluation.sets.samples import ImageSamples
   from diffit_jax.generation import job, weights
@@ -313,7 +313,7 @@ def _network(mesh, field: str | None):
   seed, labels = _SAMPLING.seed.value, _SAMPLING.labels.value
   class_names = None
   if _PER_CLASS.value:
-    class_names = opening.names_of_training(
+    class_names = sampled.names_of_training(
       loaded.config.data.name,
       loaded.config.model.num_classes,
       _DATA_DIR.value,

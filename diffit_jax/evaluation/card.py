@@ -4,14 +4,14 @@ A card is a JSON file:
 
   metrics       {name: value}, see `metrics.table`
   not_computed  {name: why}
-  num_samples   images that were scored
+  num_samples   number of images that were scored
   protocol      feature space (name, SHA-256 of weights, rule of resizing),
                 reference (hash, images), repeats, how a repeat was chosen,
-                how classes were told to be the same, if they were compared
+                how classes were matched, if they were compared
   samples       where the images come from; "sampling" holds the sampler,
                 steps, seed, guidance, average, precision, VAE, rule of 8 bits,
                 and the hashes of weights and config; "subset" says which
-                images were taken, where not all were
+                images were taken, if not all were
   per_class     {class: distance}, if asked for
   repeats       [metrics of each run], if there were several
   warnings      what a reader must know before quoting a number

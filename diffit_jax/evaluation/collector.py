@@ -139,10 +139,10 @@ class Collector:
       for start in range(gathered.num, batches.num, self._batch_size):
         images = batches.get(start, self._batch_size)
         features = self._run(self._params, images)
-        if waiting is not None:
+        if waiting:
           self._add(waiting, batches, gathered, partial, progress)
         waiting = features
-      if waiting is not None:
+      if waiting:
         self._add(waiting, batches, gathered, partial, progress)
     batches.finish()
     partial.save(gathered)  # what follows may be stopped, too

@@ -7,7 +7,7 @@ from typing import Any
 from diffit_jax.evaluation import card as card_lib
 from diffit_jax.evaluation.metrics import table as metric_table
 
-# Where a number comes from, not what decides it.
+# What only tells where a number comes from.
 _PASSED_OVER = {
   "protocol.warnings",
   "protocol.reported",
@@ -19,6 +19,12 @@ _PASSED_OVER = {
   "samples.content_hash",
   "samples.sampling.about.source",
   "samples.sampling.about.vae_source",
+}
+_PARTS = {  # of a card, and the line above their differences
+  "protocol": "Measured differently, so the numbers do not compare as they"
+  " stand:",
+  "samples": "Made differently:",
+  "software": "Other software:",
 }
 _LEFT = 24  # characters of a value that are shown
 
@@ -53,10 +59,13 @@ def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _differences(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
-  """Lines on what differs: first how was measured, then what was."""
-  flat = {label: _flatten(_deciding(card)) for label, card in cards.items()}
+  """Lines on what differs: how it was measured, then what was measured."""
+  flat = {
+    label: _flatten({key: card.get(key) for key in ("num_samples", *_PARTS)})
+    for label, card in cards.items()
+  }
   keys = dict.fromkeys(key for fields in flat.values() for key in fields)
-  lines = {"protocol": [], "samples": [], "software": []}
+  lines = {part: [] for part in _PARTS}
   for key in keys:
     values = {label: fields.get(key) for label, fields in flat.items()}
     if key in _PASSED_OVER or len(set(map(_text, values.values()))) == 1:
@@ -64,24 +73,13 @@ def _differences(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
     shown = ", ".join(f"{label} {_text(v)}" for label, v in values.items())
     part = key.partition(".")[0]
     lines[part if part in lines else "protocol"].append(f"- {key}: {shown}")
-  titles = {
-    "protocol": "Measured differently, so the numbers do not compare as they"
-    " stand:",
-    "samples": "Made differently:",
-    "software": "Other software:",
-  }
   found = []
-  for part, text in titles.items():
+  for part, text in _PARTS.items():
     if lines[part]:
       found += [text, *lines[part], ""]
   if not lines["protocol"]:
     found.insert(0, "Measured alike: samples, reference, features and rule.\n")
   return found[:-1] if found and not found[-1] else found
-
-
-def _deciding(card: Mapping[str, Any]) -> dict[str, Any]:
-  keys = ("num_samples", "protocol", "samples", "software")
-  return {key: card.get(key) for key in keys}
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -128,25 +128,23 @@ class RunScorer:
       self._gather(tree), self._config, step, name, f"training, step {step}"
     )
     logging.info("scoring %d samples of step %d", self._num, step)
-    self.folder.mkdir(parents=True, exist_ok=True)
     try:
-      if self._measure is None:
-        self._measure = measure_lib.make_measure(
-          self._collector,
-          self._reference,
-          self._shape,
-          wanted=self._metrics,
-          partial=self.folder / "reference",
-        )
-      found = job.evaluate_to_file(
-        self._measure,
-        self._make_samples(loaded),
-        self._card_path(step),
-        num=self._num,
-      )
+      return self._score(loaded)["metrics"]
     except Stopped:
       return None
-    return found["metrics"]
+
+  def _score(self, loaded: weights.Weights) -> dict:
+    self.folder.mkdir(parents=True, exist_ok=True)
+    if self._measure is None:
+      self._measure = measure_lib.make_measure(
+        self._collector,
+        self._reference,
+        self._shape,
+        wanted=self._metrics,
+        partial=self.folder / "reference",
+      )
+    samples, path = self._make_samples(loaded), self._card_path(loaded.step)
+    return job.evaluate_to_file(self._measure, samples, path, num=self._num)
 
   def _card_path(self, step: int) -> pathlib.Path:
     return self.folder / f"step_{step:08d}.json"

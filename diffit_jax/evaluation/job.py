@@ -28,7 +28,7 @@ class _Score(NamedTuple):
     values: {metric: value}.
     missing: {metric: why it could not be computed}.
     distances: {class: Fréchet distance}, if classes are compared.
-    rule: how classes were found to be the same, in words, if so.
+    rule: how classes were matched, if they were: "by name" or "by number".
   """
 
   values: dict[str, float]
@@ -52,7 +52,8 @@ def evaluate(
     samples: images, or a network that makes them.
     num: number of samples in a repeat; each repeat takes others.
     repeats: number of repeats; the one with the smallest distance is reported.
-    partial: stem of the files that keep what was gathered; None for none.
+    partial: stem of the files that keep what was gathered; None keeps
+      nothing.
 
   Returns:
     The card.

@@ -21,7 +21,7 @@ from diffit_jax.evaluation.metrics.statistics import (
   FeatureStatistics,
   ReferenceStatistics,
 )
-from diffit_jax.evaluation.sets import references
+from diffit_jax.evaluation.sets import reference_file, references
 from diffit_jax.evaluation.sets.batches import ImageBatches
 from diffit_jax.evaluation.sets.guard import Guard
 from diffit_jax.evaluation.sets.image_set import ImageSet
@@ -92,9 +92,10 @@ def make_measure(
     collector: the feature space on its devices.
     reference: as it was read.
     shape: (height, width) of the samples.
-    wanted: names of metrics; none for all that can be computed.
+    wanted: names of metrics; if empty, all that can be computed.
     per_class: compare each class with the same class as well.
-    partial: stem of the files that keep what was gathered; None for none.
+    partial: stem of the files that keep what was gathered; None keeps
+      nothing.
 
   Raises:
     UserError: they do not fit.
@@ -106,7 +107,7 @@ def make_measure(
   if per_class and (images is None or images.labels is None):
     raise UserError(
       "--per_class needs a reference with labels, and"
-      f" {reference.card_entry['source']} has none: give a prepared data set,"
+      f" {reference.source} has none: give a prepared data set,"
       " or a folder with one sub-folder per class"
     )
   labels = images.labels if per_class else None
@@ -116,7 +117,7 @@ def make_measure(
     if per_class:
       held = None
     elif needs_rows:
-      held = references.choose_subset(images.num)
+      held = reference_file.choose_subset(images.num)
     statistics = _gather(collector, images, held, partial).as_reference(labels)
   else:  # features of the file's images only where moments are not enough
     rows = None
@@ -146,7 +147,7 @@ def check_fit(
     references.check_dims(reference, dims)
   elif reference.images is None:
     raise UserError(
-      f"{reference.card_entry['source']} holds statistics of Inception's"
+      f"{reference.source} holds statistics of Inception's"
       f" features and no images: --features={extractor.name} needs images to"
       " compare with"
     )
@@ -166,11 +167,10 @@ def _gather(
   partial: pathlib.Path | None,
 ) -> FeatureStatistics:
   """Statistics of all images; see `Collector.collect`."""
-  source = str(images.card_entry["source"])
-  guard = Guard(source, refuse=False)
+  guard = Guard(images.source, refuse=False)
   return collector.collect(
     ImageBatches(images, collector.mesh, np.arange(images.num), guard),
-    source,
+    images.source,
     held=held,
     stem=partial,
     what="reference",
@@ -192,15 +192,15 @@ def build_reference(
     out: the .npz file.
   """
   out = pathlib.Path(out)
-  references.require_npz(out)
-  subset = references.choose_subset(images.num)
+  reference_file.require_npz(out)
+  subset = reference_file.choose_subset(images.num)
   found = _gather(collector, images, np.arange(0), out).as_reference(None)
   if runtime.is_first():
     collector.check_claim()
     blocks = (
       images.read(subset[i : i + 64]) for i in range(0, len(subset), 64)
     )
-    references.write_reference(
+    reference_file.write_reference(
       out,
       pool=found.pool,
       spatial=found.spatial,

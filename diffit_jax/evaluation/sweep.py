@@ -11,7 +11,7 @@ from diffit_jax.evaluation import card as card_lib
 from diffit_jax.evaluation import compare
 from diffit_jax.evaluation.metrics import table
 
-# Fields of config.sampler that are numbers, with the words of the axis.
+# Fields of config.sampler that are numbers, with the label of the axis.
 FIELDS = {
   "guidance_scale": "guidance scale",
   "guidance_power": "power of the guidance schedule",
@@ -23,7 +23,7 @@ def parse(text: str | None) -> tuple[str | None, list]:
   """("steps", [10, 20]) from "steps=10,20"; (None, [None]) from None.
 
   Raises:
-    UserError: another field, or no numbers.
+    UserError: a field that cannot be swept, or values that are no numbers.
   """
   if text is None:
     return None, [None]
@@ -50,7 +50,7 @@ def parse(text: str | None) -> tuple[str | None, list]:
 def card_path(
   out: pathlib.Path, name: str | None, value: float | None
 ) -> pathlib.Path:
-  """Where a card goes: into the folder `out` in a sweep, else `out` itself."""
+  """Path of a card: in the folder `out` in a sweep, else `out` itself."""
   return out / f"{name}={value:g}.json" if name else out
 
 
@@ -75,7 +75,7 @@ def plot(
   Args:
     name: the field.
     cards: {value of the field: card}.
-    path: of the PNG file.
+    path: the PNG file.
   """
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure

@@ -18,10 +18,8 @@ from diffit_jax.errors import UserError
 from diffit_jax.evaluation.features import inception, inception_weights
 from diffit_jax.evaluation.features import resize as resize_lib
 
-# CHOICE: images per call where the caller has no mesh. More gain nothing on a
-# CPU.
-_BATCH_SIZE = {"cpu": 8}
-_ACCELERATOR_BATCH_SIZE = 128
+# CHOICE: images per call without a mesh. More bring nothing on a CPU.
+_CPU_BATCH_SIZE, _BATCH_SIZE = 8, 128
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,12 +41,9 @@ class Extractor:
   apply: Callable[[Any, jax.Array], dict[str, jax.Array]]
 
   @functools.cached_property
-  def _jitted(self) -> Callable:
-    return jax.jit(self.apply)
-
-  @functools.cached_property
-  def _on_device(self) -> Any:
-    return jax.device_put(self.params)
+  def _run(self) -> Callable[[np.ndarray], dict[str, jax.Array]]:
+    """`apply` with the parameters on the device, compiled."""
+    return functools.partial(jax.jit(self.apply), jax.device_put(self.params))
 
   def outputs(self, images) -> dict[str, np.ndarray]:
     """All features of any number of images, in batches of one size.
@@ -66,13 +61,14 @@ class Extractor:
     """
     images = np.asarray(images)
     check_images(images)
-    size = _BATCH_SIZE.get(jax.default_backend(), _ACCELERATOR_BATCH_SIZE)
+    is_cpu = jax.default_backend() == "cpu"
+    size = _CPU_BATCH_SIZE if is_cpu else _BATCH_SIZE
     parts = []
     for start in range(0, max(len(images), 1), size):
       batch = images[start : start + size]
       num = len(batch)
       batch = np.pad(batch, [(0, size - num)] + [(0, 0)] * 3)
-      found = self._jitted(self._on_device, batch)
+      found = self._run(batch)
       parts.append(jax.tree.map(lambda a, num=num: np.asarray(a)[:num], found))
     return jax.tree.map(lambda *a: np.concatenate(a), *parts)
 

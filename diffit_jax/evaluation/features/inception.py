@@ -1,9 +1,9 @@
 """The Inception-v3 of 2015 that FID is measured with.
 
 Szegedy et al., "Rethinking the Inception Architecture for Computer Vision"
-(arXiv 1512.00567), in the form trained for the graph classify_image_2015-12-05
-that Heusel et al. (arXiv 1706.08500) take their features from. It differs from
-the Inception-v3 of today's model zoos:
+(arXiv 1512.00567), as trained for the graph classify_image_2015-12-05, from
+which Heusel et al. (arXiv 1706.08500) take their features. It differs from the
+Inception-v3 of today's model zoos:
 
   - 1008 classes, no auxiliary head;
   - the 3x3 average pool of a pool branch divides by the number of pixels
@@ -46,7 +46,7 @@ class Conv(NamedTuple):
   Attributes:
     name: as in the file of weights.
     features: channels out.
-    height, width: of the kernel.
+    height, width: size of the kernel.
     stride: in both directions.
     padding: "SAME" is half the kernel on each side, "VALID" none.
     average: whether it reads the 3x3 average of its input.
@@ -72,7 +72,7 @@ _HALVE = MaxPool(2, "VALID")
 
 
 def _block_a(pooled: int) -> tuple:
-  """35x35 to the same, 224 + `pooled` channels."""
+  """35x35 to 35x35, with 224 + `pooled` channels."""
   return (
     (Conv("branch1x1", 64, 1, 1),),
     (Conv("branch5x5_1", 48, 1, 1), Conv("branch5x5_2", 64, 5, 5)),
@@ -99,7 +99,7 @@ def _block_b() -> tuple:
 
 
 def _block_c(c7: int) -> tuple:
-  """17x17 to the same, with 7x7 taken apart, `c7` channels between."""
+  """17x17 to 17x17; 7x7 as 1x7 and 7x1, with `c7` channels between them."""
   return (
     (Conv("branch1x1", 192, 1, 1),),
     (
@@ -136,7 +136,7 @@ def _block_d() -> tuple:
 
 
 def _block_e(*pool_branch: Conv | MaxPool) -> tuple:
-  """8x8 to the same; two branches end in a fork, whose parts are joined."""
+  """8x8 to 8x8; two branches end in a fork, whose parts are joined."""
   return (
     (Conv("branch1x1", 320, 1, 1),),
     (

@@ -1,7 +1,7 @@
 """The weights of the FID Inception, from safetensors in PyTorch's layout.
 
-The file is a state dict of the PyTorch port of the graph, whose tensors
-become parameters so:
+The file is a state dict of the PyTorch port of the graph. Its tensors become
+parameters as follows:
 
   X.conv.weight [out, in, h, w]          w
   X.bn.weight, X.bn.bias                 gamma, beta
@@ -12,9 +12,9 @@ become parameters so:
 
   fc.weight [1008, 2048] -> fc/kernel [2048, 1008]; fc.bias is not used (3)
 
-with the dots of X turned into the tree's levels. X.bn.num_batches_tracked may
-be there and is ignored. Whatever floats the file holds, (1) and (2) are
-computed in float64 from their float32 values.
+where the dots of X become the levels of the tree. X.bn.num_batches_tracked is
+ignored. (1) and (2) are computed in float64 from the float32 values of the
+file's numbers, whatever their type.
 """
 
 from collections.abc import Mapping
@@ -145,7 +145,7 @@ def _check_values(what, state: Mapping[str, np.ndarray]) -> None:
 
 
 def digest(state: Mapping[str, np.ndarray]) -> str:
-  """SHA-256 of names and float32 values, wherever they came from."""
+  """SHA-256 of names and float32 values, the same from a file or a dict."""
   sha = hashlib.sha256()
   for name in sorted(state):
     sha.update(name.encode() + b"\0")

@@ -1,4 +1,4 @@
-"""From uint8 images of any size to what the FID Inception reads.
+"""From uint8 images of any size to the input of the FID Inception.
 
 Two published protocols, each bilinear, per axis, and without antialiasing:
 
@@ -10,13 +10,13 @@ Two published protocols, each bilinear, per axis, and without antialiasing:
   "pytorch_fid"  src = max((i + 1/2) n_in / n_out - 1/2, 0)              (4)
                  then 2 x / 255 - 1
 
-(3) is TensorFlow 1's ResizeBilinear, which the graph of Heusel et al. (2017)
-holds and both Dhariwal and Nichol (2021) and Karras et al. (2022) measured
-with; (4) has half-pixel centres, as in the PyTorch port. The two give FIDs
-that differ, so a number is only comparable within one of them. Parmar et al.
-(2022) say what neither's lack of antialiasing does.
+(3) is TensorFlow 1's ResizeBilinear, a part of the graph of Heusel et al.
+(2017), with which Dhariwal and Nichol (2021) and Karras et al. (2022) measured;
+(4) has half-pixel centres, as in the PyTorch port. The two give different FIDs,
+so numbers compare only within one of them. Parmar et al. (2022) show the effect
+of the missing antialiasing.
 
-`jax.image.resize` would antialias where it shrinks and is not used.
+`jax.image.resize` is not used: it antialiases where it shrinks.
 """
 
 import jax
@@ -71,13 +71,13 @@ def resize(x: jax.Array, side: int, rule: str) -> jax.Array:
 
 
 def prepare(images: jax.Array, side: int, rule: str) -> jax.Array:
-  """What the network reads: resized, and mapped to about [-1, 1].
+  """The network's input: resized, and mapped to about [-1, 1].
 
   Both maps of pixel values are affine, so they commute with (1).
 
   Args:
     images: [b, h, w, 3] uint8 of any size.
-    side: of the result, in pixels.
+    side: pixels per side of the result.
     rule: one of RESIZE_RULES.
 
   Returns:

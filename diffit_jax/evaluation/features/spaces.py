@@ -92,7 +92,7 @@ def digits_space() -> Extractor:
 
 
 def pixels_space() -> Extractor:
-  """Averages of the pixels over an 8x8 grid, each colour apart: 192 numbers."""
+  """Averages of the pixels over an 8x8 grid, for each colour: 192 numbers."""
 
   def apply(params, images):
     del params

@@ -7,11 +7,11 @@ from diffit_jax.errors import UserError
 
 
 def check_features(x, what: str = "features") -> np.ndarray:
-  """Features as a numpy array, after refusing what no metric is defined for.
+  """Features as a numpy array; refuses those that no metric is defined for.
 
   Args:
     x: [n, d] numpy or JAX array of any real dtype.
-    what: how the message calls them.
+    what: their name in the message.
 
   Returns:
     [n, d] float32 or float64, without a copy where it is that already.

@@ -23,23 +23,14 @@ import numpy as np
 from scipy.linalg import lapack
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.metrics.statistics import (
-  FeatureStatistics,
-  Gaussian,
-  ReferenceStatistics,
-)
 
 
-def fid(
-  samples: FeatureStatistics, reference: ReferenceStatistics
-) -> dict[str, float]:
+def fid(samples, reference) -> dict[str, float]:
   """Row of the table: the distance of the pool features."""
   return {"fid": frechet_distance(*samples.pool.gaussian(), *reference.pool)}
 
 
-def sfid(
-  samples: FeatureStatistics, reference: ReferenceStatistics
-) -> dict[str, float]:
+def sfid(samples, reference) -> dict[str, float]:
   """Row of the table: the distance of the spatial features."""
   ours, theirs = samples.spatial.gaussian(), reference.spatial
   return {"sfid": frechet_distance(*ours, *theirs)}
@@ -121,15 +112,15 @@ def _factor_by_eigenvalues(sigma: np.ndarray, what: str) -> np.ndarray:
 def per_class(
   rows: np.ndarray,
   labels: np.ndarray,
-  reference: ReferenceStatistics,
+  reference,
   pairs: Collection[tuple[str, int, int]],
 ) -> dict[str, float]:
   """Fréchet distance of each class's samples from the same class's reference.
 
   Args:
     rows: [n, d] features of the samples.
-    labels: [n] their classes.
-    reference: with rows and labels.
+    labels: [n] class numbers of the samples.
+    reference: ReferenceStatistics with rows and labels.
     pairs: which classes are the same, see `sets.class_matching`.
 
   Returns:
@@ -147,12 +138,10 @@ def per_class(
         f"class {title} has {len(ours)} samples and {len(theirs)} reference"
         " images, and each side needs two: make more, or leave --per_class out"
       )
-    found[title] = frechet_distance(
-      *_mean_and_covariance(theirs), *_mean_and_covariance(ours)
-    )
+    found[title] = frechet_distance(*_gaussian(theirs), *_gaussian(ours))
   return found
 
 
-def _mean_and_covariance(rows: np.ndarray) -> Gaussian:
+def _gaussian(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   rows = rows.astype(np.float64)
   return rows.mean(0), np.cov(rows, rowvar=False)

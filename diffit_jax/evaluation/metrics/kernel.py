@@ -10,15 +10,9 @@ import numpy as np
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.metrics.feature_checks import check_pair
-from diffit_jax.evaluation.metrics.statistics import (
-  FeatureStatistics,
-  ReferenceStatistics,
-)
 
 
-def kid(
-  samples: FeatureStatistics, reference: ReferenceStatistics
-) -> dict[str, float]:
+def kid(samples, reference) -> dict[str, float]:
   """Row of the table; with a standard error where there are several blocks."""
   blocks = kid_blocks(reference.rows, samples.rows())
   found = {"kid": float(blocks.mean())}
@@ -58,8 +52,8 @@ def kid_blocks(reference, samples, block_size: int = 1000) -> np.ndarray:
     [ceil(max(n_r, n_s) / block_size)] float64.
 
   Raises:
-    UserError: a block would have fewer than two points of a set, or features
-      that are none.
+    UserError: a block would have fewer than two points of a set, or arrays that
+      are not features.
   """
   reference, samples = check_pair(reference, samples)
   if block_size < 2:

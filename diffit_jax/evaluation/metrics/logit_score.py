@@ -108,7 +108,7 @@ def inception_score(logits, split_size: int = SPLIT_SIZE) -> float:
     In [1, c].
 
   Raises:
-    UserError: no samples, or logits that are none.
+    UserError: no samples, or an array that is not logits.
   """
   score = InceptionScore(split_size)
   score.update(logits)

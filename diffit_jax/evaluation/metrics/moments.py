@@ -7,13 +7,13 @@ n_a rows of mean m_a and scatter M_a = sum (x - m_a)(x - m_a)^T, and n_b more,
   M = M_a + M_b + d d^T n_a n_b / n                                          (2)
   covariance = M / (n - 1)                                                   (3)
 
-Every scatter is about its own mean, so a mean that is large beside the
-deviation costs as many digits as it has more, and not twice as many, as in
+Every scatter is about its own mean. So a mean that is larger than the deviation
+by some digits costs that many digits, and not twice as many, as in
 sum x x^T - n m m^T.
 
-Rows wait until there are `_BLOCK` of them. This makes the products large, hence
-fast, and the result a function of the rows alone: however they are cut into
-batches, the same blocks are formed and the same bits come out.
+Rows wait until there are `_BLOCK` of them. So the products are large, hence
+fast, and the result depends on the rows alone: for any cut into batches the
+same blocks are formed and the same bits come out.
 """
 
 from collections.abc import Mapping

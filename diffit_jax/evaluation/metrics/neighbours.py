@@ -32,18 +32,12 @@ import numpy as np
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.metrics.feature_checks import check_pair
-from diffit_jax.evaluation.metrics.statistics import (
-  FeatureStatistics,
-  ReferenceStatistics,
-)
 
 Tile = tuple[jax.Array, jax.Array]  # points [b, d] and norms [b], |u|^2
 TILE = 2048  # points; as fast as 4096 with a quarter of the memory
 
 
-def precision_and_recall(
-  samples: FeatureStatistics, reference: ReferenceStatistics
-) -> dict[str, float]:
+def precision_and_recall(samples, reference) -> dict[str, float]:
   """Two rows of the table, which one computation gives."""
   precision, recall = precision_recall(reference.rows, samples.rows())
   return {"precision": precision, "recall": recall}
@@ -68,7 +62,8 @@ def precision_recall(
     recall: share of the reference inside at least one ball of the samples.
 
   Raises:
-    UserError: fewer than k + 1 points in a set, or features that are none.
+    UserError: fewer than k + 1 points in a set, or arrays that are not
+      features.
   """
   reference, samples = check_pair(reference, samples)
   if k < 1 or tile_size < 1:

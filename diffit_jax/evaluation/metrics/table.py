@@ -76,7 +76,7 @@ def names(space: str) -> tuple[str, ...]:
 
 
 def choose(wanted: Collection[str], space: str) -> tuple[str, ...]:
-  """The wanted metrics of a space, in the table's order; all of them for none.
+  """The wanted metrics of a space, in the table's order; all if none is wanted.
 
   Raises:
     UserError: a name that the space does not have.

@@ -48,6 +48,11 @@ class ImageSet:
   num_classes: int | None = None
   tell: Callable[[], None] = lambda: None
 
+  @property
+  def source(self) -> str:
+    """The images as the user gave them."""
+    return str(self.card_entry["source"])
+
   @functools.cached_property
   def labels(self) -> np.ndarray | None:
     """int64 [num], or None; reads all records of a data set."""
@@ -59,10 +64,7 @@ class ImageSet:
     if self.labels is None:
       return None
     return Classes(
-      str(self.card_entry["source"]),
-      self.labels,
-      self.get_class_names(),
-      self.num_classes,
+      self.source, self.labels, self.get_class_names(), self.num_classes
     )
 
 

@@ -14,9 +14,8 @@ the adm kind, with one more member, `about`: JSON that says which extractor made
 the features, so that statistics of another extractor are refused.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import dataclasses
-import json
 import os
 import pathlib
 from typing import Any
@@ -25,13 +24,9 @@ import numpy as np
 
 from diffit_jax import npz
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.sets import image_set, opening
+from diffit_jax.evaluation.sets import arrays, opening, reference_file
 from diffit_jax.evaluation.sets.image_set import ImageSet
-
-SUBSET_SIZE = 10_000  # images that an ADM file holds
-_ASYMMETRY = 1e-5  # of sigma, relative to its largest entry: float32 rounding
-
-StoredMoments = tuple[np.ndarray, np.ndarray]  # mean [d], covariance [d, d]
+from diffit_jax.evaluation.sets.reference_file import StoredMoments
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,8 +45,8 @@ class Reference:
       given, "kind" ("adm", "edm", "images"), "sha256" of a file. For images all
       of `ImageSet.card_entry`, whose "kind" is then in "container". For a file
       that we wrote "file", all of its `about`, and "extractor", a part of it.
-    missing: {"spatial" (features) or "rows" (features of single images): why
-      the file cannot serve metrics that need them}.
+    missing: {need: reason} for what the file cannot serve: "spatial" features,
+      or "rows", features of single images.
   """
 
   pool: StoredMoments | None
@@ -60,6 +55,11 @@ class Reference:
   num: int | None
   card_entry: dict[str, Any]
   missing: dict[str, str] = dataclasses.field(default_factory=dict)
+
+  @property
+  def source(self) -> str:
+    """The file or the images, as the user gave them."""
+    return str(self.card_entry["source"])
 
 
 def read_reference(
@@ -94,64 +94,6 @@ def read_reference(
   )
 
 
-def require_npz(out: pathlib.Path) -> None:
-  """Refuses another name for a file of statistics."""
-  if out.suffix != ".npz":
-    raise UserError(f"--out={out}: a file of statistics must end in .npz")
-
-
-def write_reference(
-  path: str | os.PathLike,
-  *,
-  pool: StoredMoments,
-  spatial: StoredMoments | None,
-  images: Iterator[np.ndarray],
-  num_images: int,
-  shape: tuple[int, int],
-  about: Mapping[str, Any],
-) -> None:
-  """Writes a statistics file of the adm kind, image by image.
-
-  Args:
-    path: name of the file, which appears there when it is whole.
-    pool: mean [d] and covariance [d, d] of the pool features.
-    spatial: the same for the spatial features; None leaves them out.
-    images: blocks of uint8 [k, h, w, 3], the images of `choose_subset`.
-    num_images: number of images in all blocks.
-    shape: (height, width) of the images.
-    about: the member of that name, in JSON's types; two of its keys are read
-      again: "extractor", which `check_extractor` compares, and "num", the
-      number of images behind the statistics.
-
-  Raises:
-    UserError: mean and covariance that cannot be any, or the file cannot be
-      written; then a file that was there before stays as it was.
-    ValueError: the images are not what the other arguments say.
-  """
-  path = pathlib.Path(path)
-  members = {}
-  for suffix, statistics in (("", pool), ("_s", spatial)):
-    if statistics is not None:
-      mu, sigma = _check_statistics(*statistics, suffix, "the features")
-      members |= {f"mu{suffix}": mu, f"sigma{suffix}": sigma}
-  members["about"] = np.array(json.dumps(dict(about), sort_keys=True))
-  members["arr_0"] = npz.Stream((num_images, *shape, 3), np.uint8, images)
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    npz.write_npz(path, members)
-  except OSError as error:
-    raise UserError(
-      f"cannot write {path} ({error.strerror or error}): nothing of it is left"
-    ) from error
-
-
-def choose_subset(
-  num: int, size: int = SUBSET_SIZE, seed: int = 0
-) -> np.ndarray:
-  """Indices of the images that go into a file: sorted, without repeats."""
-  return np.sort(image_set.choose_subset(num, min(num, size), seed=seed))
-
-
 def check_dims(reference: Reference, dims: Mapping[str, int]) -> None:
   """Raises a UserError if statistics have other dimensions than an extractor.
 
@@ -160,15 +102,13 @@ def check_dims(reference: Reference, dims: Mapping[str, int]) -> None:
     dims: {"pool": d, "spatial": d'}, lengths of the extractor's features;
       "spatial" only if it has any.
   """
-  for name, statistics in (
+  for name, moments in (
     ("pool", reference.pool),
     ("spatial", reference.spatial),
   ):
-    if statistics is None or name not in dims:
-      continue
-    if len(statistics[0]) != dims[name]:
+    if moments and len(moments[0]) != dims.get(name, len(moments[0])):
       raise UserError(
-        f"{_source(reference)} holds statistics of {len(statistics[0])} {name}"
+        f"{reference.source} holds statistics of {len(moments[0])} {name}"
         f" features, the extractor gives {dims[name]}: use statistics made with"
         " this extractor"
       )
@@ -185,7 +125,7 @@ def check_resolution(reference: Reference, shape: tuple[int, int]) -> None:
     height, width = reference.images.shape
     raise UserError(
       f"the samples are {shape[0]}x{shape[1]} (height x width), the reference"
-      f" {_source(reference)} is of {height}x{width}: use one made from images"
+      f" {reference.source} is of {height}x{width}: use one made from images"
       " of the samples' size"
     )
 
@@ -198,9 +138,7 @@ def check_extractor(reference: Reference, extractor: Mapping[str, Any]) -> None:
     extractor: what a card says about the extractor at hand: "name", "sha256" of
       its weights, "resize".
   """
-  former = reference.card_entry.get("extractor")
-  if former is None:
-    return
+  former = reference.card_entry.get("extractor", extractor)
   differences = [
     f"{key} {former.get(key)!r} there, {extractor.get(key)!r} here"
     for key in ("name", "sha256", "resize")
@@ -208,7 +146,7 @@ def check_extractor(reference: Reference, extractor: Mapping[str, Any]) -> None:
   ]
   if differences:
     raise UserError(
-      f"the statistics {_source(reference)} were made with another extractor"
+      f"the statistics {reference.source} were made with another extractor"
       f" ({'; '.join(differences)}): make them again with this one, or give the"
       " former one"
     )
@@ -220,12 +158,16 @@ def _of_statistics(
   source: str,
   data_dir: str | None,
 ) -> Reference:
-  sha256, said = npz.hash_npz(members), _read_about(members)
-  pool = _read_statistics(members, "", source)
-  spatial = _read_statistics(members, "_s", source)
-  images = None
-  if "arr_0" in members:
-    images = opening.from_npz(members, path, source, sha256, data_dir)
+  sha256, said = npz.hash_npz(members), reference_file.read_about(members)
+  pool = reference_file.read_moments(members, "", source)
+  spatial = reference_file.read_moments(members, "_s", source)
+  images, missing = None, {}
+  if spatial is None:
+    missing["spatial"] = f"{source} holds no spatial statistics (mu_s, sigma_s)"
+  if "arr_0" not in members:
+    missing["rows"] = f"{source} holds no images (arr_0)"
+  else:
+    images = arrays.of_npz(members, path, source, sha256, data_dir)
   is_edm = spatial is None and images is None
   kind = "edm" if is_edm else "adm"
   entry = {"source": source, "kind": kind, "sha256": sha256}
@@ -240,74 +182,5 @@ def _of_statistics(
     images=images,
     num=num if isinstance(num, int) else None,
     card_entry=entry,
-    missing=_missing(source, spatial, images),
+    missing=missing,
   )
-
-
-def _missing(source, spatial, images) -> dict[str, str]:
-  missing = {}
-  if spatial is None:
-    missing["spatial"] = f"{source} holds no spatial statistics (mu_s, sigma_s)"
-  if images is None:
-    missing["rows"] = f"{source} holds no images (arr_0)"
-  return missing
-
-
-def _read_statistics(
-  members: dict[str, npz.Member], suffix: str, source: str
-) -> StoredMoments | None:
-  names = (f"mu{suffix}", f"sigma{suffix}")
-  there = [name for name in names if name in members]
-  if not there:
-    return None
-  if len(there) == 1:
-    other = next(name for name in names if name not in there)
-    raise UserError(f"{source} holds {there[0]} and no {other}: it takes both")
-  mu, sigma = (members[name].load() for name in names)
-  return _check_statistics(mu, sigma, suffix, source)
-
-
-def _check_statistics(mu, sigma, suffix: str, source: str) -> StoredMoments:
-  """Mean and covariance in float64; refuses what cannot be any."""
-  mu, sigma = np.asarray(mu), np.asarray(sigma)
-  names = f"mu{suffix} and sigma{suffix} of {source}"
-  kinds = {array.dtype.newbyteorder("=").str[1:] for array in (mu, sigma)}
-  if not kinds <= {"f4", "f8"}:
-    raise UserError(
-      f"{names} are {mu.dtype} and {sigma.dtype}, and float32 or float64 is"
-      " needed"
-    )
-  if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
-    raise UserError(
-      f"{names} have shapes {list(mu.shape)} and {list(sigma.shape)}, which are"
-      " not [d] and [d, d]"
-    )
-  mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
-  if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-    raise UserError(
-      f"{names}, of shapes {list(mu.shape)} and {list(sigma.shape)}, are not"
-      " finite throughout"
-    )
-  asymmetry = np.abs(sigma - sigma.T).max()
-  if asymmetry > _ASYMMETRY * np.abs(sigma).max():
-    raise UserError(
-      f"sigma{suffix} of {source}, of shape {list(sigma.shape)}, is not"
-      f" symmetric (by {asymmetry:.3g}), so it is no covariance"
-    )
-  return mu, sigma
-
-
-def _read_about(members: dict[str, npz.Member]) -> dict[str, Any]:
-  """The JSON in a file that we wrote; {} for any other file."""
-  member = members.get("about")
-  if member is None or member.shape or member.dtype.kind != "U":
-    return {}
-  try:
-    said = json.loads(str(member.load()))
-  except ValueError:
-    return {}
-  return said if isinstance(said, dict) else {}
-
-
-def _source(reference: Reference) -> str:
-  return str(reference.card_entry["source"])

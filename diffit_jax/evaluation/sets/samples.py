@@ -51,7 +51,7 @@ class ImageSamples:
 
   def batches(self, repeat: int, num: int, mesh: Mesh) -> Batches:
     """See Samples."""
-    guard = Guard(str(self.card_entry["source"]))
+    guard = Guard(self._images.source)
     return ImageBatches(self._images, mesh, self._choose(repeat, num), guard)
 
   def classes(self, repeat: int, num: int) -> Classes | None:

@@ -309,7 +309,7 @@ class TestExtractor:
   def test_features_of_any_number_of_images(
     self, extractor, state, monkeypatch
   ):
-    monkeypatch.setitem(extractor_lib._BATCH_SIZE, "cpu", 3)
+    monkeypatch.setattr(extractor_lib, "_CPU_BATCH_SIZE", 3)
     images = noise(5, 20, 24)
     pool, logits, spatial = extractor.features(images)
     assert pool.shape == (5, 2048) and logits.shape == (5, 1008)
@@ -319,7 +319,7 @@ class TestExtractor:
     alone = extractor.features(images[4:])
     for got, part in zip(alone, (pool, logits, spatial)):
       np.testing.assert_allclose(got[0], part[4], rtol=1e-4, atol=1e-4)
-    assert extractor._jitted._cache_size() == 1
+    assert extractor._run.func._cache_size() == 1
     want = pool.astype(np.float64) @ state["fc.weight"].T  # no bias
     np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-4)
     assert [len(a) for a in extractor.features(images[:0])] == [0, 0, 0]

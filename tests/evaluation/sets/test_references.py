@@ -13,7 +13,7 @@ import pytest
 
 from diffit_jax import npz
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.sets import references
+from diffit_jax.evaluation.sets import reference_file, references
 
 N, SIDE, D, E = 6, 8, 5, 3  # images, their side, pool and spatial features
 ABOUT = {
@@ -48,7 +48,7 @@ def _write(path, **changes):
     "shape": (SIDE, SIDE),
     "about": ABOUT,
   }
-  references.write_reference(path, **(options | changes))
+  reference_file.write_reference(path, **(options | changes))
   return path
 
 
@@ -304,7 +304,7 @@ def test_a_file_that_was_not_finished_is_not_there(
 
 def test_what_is_not_written(tmp_path):
   with pytest.raises(UserError, match="ref.zip: a file of statistics must end"):
-    references.require_npz(tmp_path / "ref.zip")
+    reference_file.require_npz(tmp_path / "ref.zip")
   with pytest.raises(UserError, match="sigma of the features.*not symmetric"):
     _write(tmp_path / "x.npz", pool=(POOL[0], _ASKEW))
   (tmp_path / "file").write_text("")
@@ -349,14 +349,14 @@ def test_without_spatial_statistics(tmp_path):
 
 
 def test_the_subset():
-  assert references.choose_subset(5).tolist() == [0, 1, 2, 3, 4]
-  assert len(references.choose_subset(10_000)) == 10_000
-  index = references.choose_subset(50_000)
+  assert reference_file.choose_subset(5).tolist() == [0, 1, 2, 3, 4]
+  assert len(reference_file.choose_subset(10_000)) == 10_000
+  index = reference_file.choose_subset(50_000)
   assert len(index) == 10_000
   assert (np.diff(index) > 0).all()
   assert 0 <= index[0] < index[-1] < 50_000
-  np.testing.assert_array_equal(index, references.choose_subset(50_000))
-  other = references.choose_subset(50_000, seed=1)
+  np.testing.assert_array_equal(index, reference_file.choose_subset(50_000))
+  other = reference_file.choose_subset(50_000, seed=1)
   # Two draws of a fifth share a fifth of their members, 2000 +- 36.
   assert abs(len(np.intersect1d(index, other)) - 2000) < 200
   # The mean index is uniform's: 25,000 +- 14,434 / sqrt(10,000) * 0.9.
