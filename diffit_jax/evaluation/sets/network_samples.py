@@ -11,7 +11,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.evaluation.sets.batches import Batches, SampledBatches
 from diffit_jax.evaluation.sets.class_matching import Classes
 from diffit_jax.evaluation.sets.guard import Guard
-from diffit_jax.generation import generator, job
+from diffit_jax.generation import description, generator
 from diffit_jax.generation.weights import Weights
 
 
@@ -58,7 +58,7 @@ class NetworkSamples:
     self.card_entry: dict[str, Any] = {
       "source": weights.source,
       "kind": "network",
-      "sampling": job.describe(weights, seed, labels, codec),
+      "sampling": description.describe(weights, seed, labels, codec),
     }
 
   def batches(self, repeat: int, num: int, mesh: Mesh) -> Batches:
