@@ -22,10 +22,11 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from benchmarks import report, yardstick
-from diffit_jax.evaluation import (
+from diffit_jax.evaluation import load_inception
+from diffit_jax.evaluation.features import (
+  RESIZE_RULES,
   inception,
   inception_weights,
-  load_inception,
   resize,
 )
 from diffit_jax.training import cost
@@ -107,7 +108,7 @@ def time_network(params: dict, x: jax.Array) -> dict[str, float]:
     took["network, plain convolutions"] = median_seconds(network(), params, x)
   images = np.zeros((len(x), _SIDE.value, _SIDE.value, 3), np.uint8)
   prepare = jax.jit(
-    lambda images: resize.prepare(images, inception.SIDE, resize.RULES[0])
+    lambda images: resize.prepare(images, inception.SIDE, RESIZE_RULES[0])
   )
   took[f"resize from {_SIDE.value}"] = median_seconds(prepare, images)
   return took

@@ -43,7 +43,7 @@ def noise(num: int, dim: int, seed: int) -> np.ndarray:
 
 def moments_of(x: np.ndarray):
   """Mean and covariance of x, in batches as an extractor gives them."""
-  from diffit_jax.evaluation.moments import Moments
+  from diffit_jax.evaluation.metrics.moments import Moments
 
   moments = Moments(x.shape[1])
   for start in range(0, len(x), _BATCH.value):

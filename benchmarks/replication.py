@@ -205,8 +205,9 @@ def score(
   import jax
 
   from diffit_jax import demo
-  from diffit_jax.evaluation import images, job
-  from diffit_jax.evaluation.samples import ImageSamples
+  from diffit_jax.evaluation import job
+  from diffit_jax.evaluation.sets import opening
+  from diffit_jax.evaluation.sets.samples import ImageSamples
   from diffit_jax.generation import weights
   from diffit_jax.parallel.mesh import make_mesh
   from diffit_jax.run import storage
@@ -222,7 +223,7 @@ def score(
   )
   recognised, recognised_real = demo.score(made, labels)
   card = job.evaluate(
-    measure(data_dir), ImageSamples(images.open_images(made)), num=len(made)
+    measure(data_dir), ImageSamples(opening.open_images(made)), num=len(made)
   )
   return {
     "parameters": sum(leaf.size for leaf in jax.tree.leaves(loaded.params)),
@@ -237,13 +238,14 @@ def score(
 def measure(data_dir: str):
   """The Fréchet distance to the real digits."""
   from diffit_jax.evaluation import measure as measure_lib
-  from diffit_jax.evaluation import reference, spaces
   from diffit_jax.evaluation.collector import Collector
+  from diffit_jax.evaluation.features import spaces
+  from diffit_jax.evaluation.sets import references
   from diffit_jax.parallel.mesh import make_mesh
 
   return measure_lib.make_measure(
     Collector(spaces.open_space("digits"), make_mesh(), batch_size=200),
-    reference.read_reference("digits", data_dir, "train"),
+    references.read_reference("digits", data_dir, "train"),
     (8, 8),
     wanted=["frechet_digits"],
   )

@@ -188,18 +188,20 @@ def frechet_distances(folder: pathlib.Path, mesh) -> tuple[float, float]:
   """
   from sklearn import datasets
 
-  from diffit_jax.evaluation import card, images, job, spaces
+  from diffit_jax.evaluation import card, job
   from diffit_jax.evaluation.collector import Collector
+  from diffit_jax.evaluation.features import spaces
   from diffit_jax.evaluation.measure import make_measure
-  from diffit_jax.evaluation.reference import read_reference
-  from diffit_jax.evaluation.samples import ImageSamples
+  from diffit_jax.evaluation.sets import opening
+  from diffit_jax.evaluation.sets.references import read_reference
+  from diffit_jax.evaluation.sets.samples import ImageSamples
 
   real = np.round(datasets.load_digits().images * (255 / 16)).astype(np.uint8)
   real = np.random.RandomState(0).permutation(real)[..., None]
   collector = Collector(spaces.digits_space(), mesh)
 
   def measure(samples, reference) -> dict:
-    samples = ImageSamples(images.open_images(samples))
+    samples = ImageSamples(opening.open_images(samples))
     compared = make_measure(
       collector, read_reference(reference), samples.shape, wanted=[_DISTANCE]
     )

@@ -4,7 +4,7 @@
   python -m diffit_jax.evaluate --samples=samples --reference=ffhq64.npz \
       --inception=inception.safetensors --out=card.json
 
-  # samples that are made, scored and forgotten (--keep_samples=DIR keeps them)
+  # samples that are made, scored and deleted (--keep_samples=DIR keeps them)
   python -m diffit_jax.evaluate --workdir=runs/ffhq64 --num=50000 \
       --reference=ffhq64.npz --inception=inception.safetensors --out=card.json
 
@@ -20,7 +20,7 @@
 Every number is written to a card (JSON) with all that decides it. A reference
 is a file of statistics (ADM's or EDM's npz), or anything with images. Without
 Inception's weights --features=pixels and --features=digits measure in other
-spaces, under other names. An interrupted run goes on where it stopped.
+spaces, under other names. An interrupted run continues where it stopped.
 """
 
 import dataclasses
@@ -30,6 +30,8 @@ from absl import flags
 
 from diffit_jax import cli, config_files, paths
 from diffit_jax.errors import UserError
+from diffit_jax.evaluation import features
+from diffit_jax.evaluation.metrics import table
 
 _SAMPLES = cli.define_path(
   "samples", "Images to score: .npz, folder, zip, or name of a data set."
@@ -45,30 +47,36 @@ _CONFIG = config_files.define_flag(
 )
 _REFERENCE = cli.define_path(
   "reference",
-  "Compared with: statistics (.npz), or images as for --samples.",
+  "What samples are compared with: statistics (.npz), or images.",
 )
-_SPLIT = flags.DEFINE_string("split", "train", "Of data sets.")
+_SPLIT = flags.DEFINE_string("split", "train", "Part of a data set.")
 _DATA_DIR = cli.define_path(
-  "data_dir", "Prepared data sets; default $TFDS_DATA_DIR."
+  "data_dir", "Folder of the prepared data sets; default $TFDS_DATA_DIR."
 )
 _OUT = cli.define_path(
-  "out", "The card; of --build_reference an npz; of --sweep a folder."
+  "out", "The card; with --build_reference an npz; with --sweep a folder."
 )
 _FEATURES = flags.DEFINE_enum(
   "features",
   "inception",
-  ["inception", "digits", "pixels"],
-  "Space that is measured in. Only the first gives FID and its kin.",
+  features.SPACES,
+  "Feature space. Only inception gives FID and the others of that name.",
 )
 _INCEPTION = cli.define_inception_flag()
 _RESIZE = flags.DEFINE_enum(
   "resize",
   "tf1",
-  ["tf1", "pytorch_fid"],
+  features.RESIZE_RULES,
   "Rule by which images become 299x299: that of ADM's and EDM's evaluators, or"
   " pytorch-fid's.",
 )
-_METRICS = flags.DEFINE_list("metrics", [], "Default: all there are.")
+_METRICS = flags.DEFINE_list(
+  "metrics",
+  [],
+  "Default: all there are. With --features=inception:"
+  f" {', '.join(table.names('inception'))}; with pixels, and likewise digits:"
+  f" {', '.join(table.names('pixels'))}.",
+)
 _PER_CLASS = flags.DEFINE_bool(
   "per_class", False, "Also compare each class with the same class."
 )
@@ -150,7 +158,7 @@ def _compare(files: list[str]) -> int:
 
 
 def _space():
-  from diffit_jax.evaluation import spaces
+  from diffit_jax.evaluation.features import spaces
 
   return spaces.open_space(_FEATURES.value, _INCEPTION.value, _RESIZE.value)
 
@@ -180,11 +188,12 @@ def _claimed(out: pathlib.Path, is_folder: bool = False):
 
 
 def _build_reference(stop) -> int:
-  from diffit_jax.evaluation import images, measure
+  from diffit_jax.evaluation import measure
+  from diffit_jax.evaluation.sets import opening, reference_file
 
   out = pathlib.Path(_OUT.value)
-  measure.require_npz(out)
-  found = images.open_images(_BUILD.value, _DATA_DIR.value, _SPLIT.value)
+  reference_file.require_npz(out)
+  found = opening.open_images(_BUILD.value, _DATA_DIR.value, _SPLIT.value)
   space = _space()
   with _claimed(out) as held:
     measure.build_reference(_collector(space, stop, held), found, out)
@@ -193,28 +202,37 @@ def _build_reference(stop) -> int:
 
 
 def _evaluate(stop) -> int:
-  from diffit_jax.evaluation import job, reference, scores, sweep
+  from diffit_jax.evaluation import sweep
+  from diffit_jax.evaluation.sets import references
 
-  scores.choose(_METRICS.value, _FEATURES.value)  # a mistake would show late
+  table.choose(_METRICS.value, _FEATURES.value)  # a mistake would show late
   name, values = sweep.parse(_SWEEP.value)
   out = pathlib.Path(_OUT.value)
-  if not name:
-    job.refuse_folder(out)
+  if not name and out.is_dir():
+    raise UserError(f"--out={out} is a folder: a card is a file, as card.json")
   space = _space()
-  found = reference.read_reference(
+  found = references.read_reference(
     _REFERENCE.value, _DATA_DIR.value, _SPLIT.value
   )
-  job.prepare_output(out, is_folder=bool(name))
+  _make_folder(out if name else out.parent)
   with _claimed(out, is_folder=bool(name)) as held:
     collector = _collector(space, stop, held)
     _make_cards(collector, found, name, values, out)
   return 0
 
 
+def _make_folder(folder: pathlib.Path) -> None:
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"cannot make the folder {folder}: {error}") from error
+
+
 def _make_cards(collector, found, name, values, out: pathlib.Path) -> None:
   """The card at `out`, or in it one for each value of the swept field."""
   from diffit_jax.evaluation import card, job, sweep
   from diffit_jax.evaluation import measure as measure_lib
+  from diffit_jax.evaluation.collector import remove_partial
   from diffit_jax.parallel import runtime
 
   make = _images() if _SAMPLES.value else _network(collector.mesh, name)
@@ -245,7 +263,7 @@ def _make_cards(collector, found, name, values, out: pathlib.Path) -> None:
   runtime.from_first(collector.check_claim)
   if name:
     print(f"plot: {sweep.write(name, cards, out)}")
-  measure_lib.remove_partial(partial)
+  remove_partial(partial)
 
 
 def _num(available: int | None) -> int:
@@ -258,10 +276,10 @@ def _num(available: int | None) -> int:
 
 def _images():
   """The function from no value to the images of --samples."""
-  from diffit_jax.evaluation import images
-  from diffit_jax.evaluation.samples import ImageSamples
+  from diffit_jax.evaluation.sets import opening
+  from diffit_jax.evaluation.sets.samples import ImageSamples
 
-  found = images.open_images(_SAMPLES.value, _DATA_DIR.value, _SPLIT.value)
+  found = opening.open_images(_SAMPLES.value, _DATA_DIR.value, _SPLIT.value)
   return lambda _: ImageSamples(found)
 
 
@@ -269,26 +287,26 @@ def _network(mesh, field: str | None):
   """The function from a value of the swept field to a network's samples."""
   from diffit_jax import models
   from diffit_jax.autoencoder.codec import make_codec
-  from diffit_jax.evaluation import images
-  from diffit_jax.evaluation.samples import ImageSamples, NetworkSamples
+  from diffit_jax.evaluation.sets import opening, sampled
+  from diffit_jax.evaluation.sets.network_samples import NetworkSamples
+  from diffit_jax.evaluation.sets.samples import ImageSamples
   from diffit_jax.generation import job, weights
+  from diffit_jax.generation.generator import make_generator
 
-  config = config_files.required(_CONFIG) if _CONFIG.value is not None else None
-  if config is not None and _WORKDIR.value:
-    raise UserError("--config goes with --checkpoint: a workdir has its own")
-  if _WORKDIR.value:
-    loaded = weights.from_workdir(_WORKDIR.value, mesh, _SAMPLING.ema.value)
-  else:
-    loaded = weights.from_file(
-      _CHECKPOINT.value, mesh, _SAMPLING.ema.value, config
-    )
+  loaded = weights.load(
+    mesh,
+    workdir=_WORKDIR.value,
+    checkpoint=_CHECKPOINT.value,
+    config=config_files.optional(_CONFIG),
+    ema=_SAMPLING.ema.value,
+  )
   _SAMPLING.apply(loaded.config.sampler)
   codec = make_codec(loaded.config, _SAMPLING.vae.value)
   weights.warn_of_another_vae(loaded.config, codec)
   seed, labels = _SAMPLING.seed.value, _SAMPLING.labels.value
   class_names = None
   if _PER_CLASS.value:
-    class_names = images.names_of_training(
+    class_names = sampled.names_of_training(
       loaded.config.data.name,
       loaded.config.model.num_classes,
       _DATA_DIR.value,
@@ -305,7 +323,7 @@ def _network(mesh, field: str | None):
     samples = NetworkSamples(
       changed,
       model,
-      mesh,
+      make_generator(model, config, mesh, codec),
       seed=seed,
       labels=labels,
       codec=codec,
@@ -323,7 +341,7 @@ def _network(mesh, field: str | None):
       batch_size=_BATCH_SIZE.value,
       codec=codec,
     )
-    return ImageSamples(images.open_images(folder, _DATA_DIR.value))
+    return ImageSamples(opening.open_images(folder, _DATA_DIR.value))
 
   return make
 

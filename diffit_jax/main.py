@@ -79,7 +79,7 @@ def main() -> int:
 
     cli.require_local(workdir, "with evaluate_every_steps, --workdir")
     make_evaluator = functools.partial(
-      in_loop.Evaluator,
+      in_loop.RunScorer,
       directory=workdir,
       inception=_INCEPTION.value,
       data_dir=_DATA_DIR.value,

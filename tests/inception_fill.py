@@ -5,7 +5,7 @@ import os
 import numpy as np
 from safetensors.numpy import save_file
 
-from diffit_jax.evaluation import inception_weights
+from diffit_jax.evaluation.features import inception_weights
 from goldens import hfill
 
 

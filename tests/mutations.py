@@ -162,22 +162,22 @@ MUTATIONS = (
   *_of(
     "metric",
     (
-      "evaluation/metrics.py",
+      "evaluation/metrics/frechet.py",
       "distance = np.sum((mu1 - mu2) ** 2) - 2 * cross",
       "distance = np.sum((mu1 - mu2) ** 2) - cross",
-      *("evaluation/test_metrics.py", "frechet_golden"),
+      *("evaluation/metrics/test_frechet.py", "frechet_golden"),
     ),
     (
-      "evaluation/metrics.py",
+      "evaluation/metrics/kernel.py",
       "/ (len(a) * (len(a) - 1))",
       "/ len(a) ** 2",
-      *("evaluation/test_metrics.py", "kernel_distance"),
+      *("evaluation/metrics/test_kernel.py", "kernel_distance"),
     ),
     (
-      "evaluation/metrics.py",
+      "evaluation/metrics/neighbours.py",
       "return float(in_reference.mean()), float(in_samples.mean())",
       "return float(in_samples.mean()), float(in_reference.mean())",
-      *("evaluation/test_neighbours.py", "golden"),
+      *("evaluation/metrics/test_neighbours.py", "golden"),
     ),
   ),
   *_of(
@@ -231,10 +231,10 @@ MUTATIONS = (
       *("test_claim.py", ""),
     ),
     (
-      "evaluation/image_set.py",
+      "evaluation/sets/image_set.py",
       "return order[part * size : (part + 1) * size]",
       "return np.arange(part * size, (part + 1) * size)",
-      *("evaluation/test_classes.py", ""),
+      *("evaluation/sets/test_class_matching.py", ""),
     ),
     (
       "paths.py",

@@ -17,6 +17,9 @@ LEAVES = {
   *("interrupt", "npz", "paths", "pictures", "progress", "ranges", "stop"),
   "whole",
 }
+# A table of facts, which imports nothing of the package but errors: anyone may
+# read it, wherever it lies.
+FACTS = {"diffit_jax.evaluation.metrics.table"}
 # What each part may import of the others; entry points may import all.
 MAY_IMPORT = {
   "models": set(),
@@ -42,8 +45,23 @@ MAY_IMPORT = {
 }
 
 
-def imports_of(path: pathlib.Path) -> set[str]:
-  """Parts of diffit_jax that a file imports, anywhere in it."""
+# What each room of evaluation may import of the others.
+ROOMS = {
+  "sets": set(),
+  "features": set(),
+  "metrics": set(),
+  "card": set(),
+  "compare": {"card"},
+  "sweep": {"card", "compare"},
+  "collector": {"sets", "features", "metrics"},
+  "measure": {"card", "collector", "sets", "metrics"},
+  "job": {"card", "collector", "measure", "sets", "metrics"},
+  "in_loop": {"card", "collector", "measure", "job", "sets", "features"},
+}
+
+
+def imports_of(path: pathlib.Path, package: str = "diffit_jax") -> set[str]:
+  """Parts of a package that a file imports, anywhere in it."""
   found = set()
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
@@ -53,15 +71,22 @@ def imports_of(path: pathlib.Path) -> set[str]:
     else:
       continue
     for name in names:
-      top, *rest = name.split(".")
-      if top == "diffit_jax" and rest:
-        found.add(rest[0])
+      if name.startswith(f"{package}.") and name not in FACTS:
+        found.add(name.removeprefix(f"{package}.").split(".")[0])
   return found
 
 
 def test_every_part_is_listed():
   parts = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
   assert parts == set(MAY_IMPORT)
+  rooms = {p.stem for p in (PACKAGE / "evaluation").glob("[!_]*")}
+  assert rooms == set(ROOMS)
+
+
+def test_facts_are_light():
+  for name in FACTS:
+    path = ROOT / f"{name.replace('.', '/')}.py"
+    assert imports_of(path) == {"errors"}
 
 
 @pytest.mark.parametrize("part", sorted(MAY_IMPORT))
@@ -71,9 +96,19 @@ def test_imports_point_one_way(part):
     assert not extra, f"{path.relative_to(ROOT)} imports {extra}"
 
 
-def test_there_is_no_cycle():
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_of_evaluation_know_only_those_before_them(room):
+  place, package = PACKAGE / "evaluation" / room, "diffit_jax.evaluation"
+  paths = [*place.rglob("*.py")] or [place.with_suffix(".py")]
+  for path in paths:
+    extra = imports_of(path, package) - ROOMS[room] - {room}
+    assert not extra, f"{path.relative_to(ROOT)} imports {extra}"
+
+
+@pytest.mark.parametrize("arrows", [MAY_IMPORT, ROOMS], ids=["parts", "rooms"])
+def test_there_is_no_cycle(arrows):
   done: list[str] = []
-  waiting = dict(MAY_IMPORT)
+  waiting = dict(arrows)
   while waiting:
     free = [part for part in waiting if waiting[part] <= set(done)]
     assert free, f"a cycle among {sorted(waiting)}"
@@ -157,6 +192,6 @@ def test_training_sampling_and_export_never_import_tensorflow(tmp_path):
     " import diffit_jax.generation.job, diffit_jax.generation.weights,"
     " diffit_jax.interop.files, diffit_jax.run.checkpoint,"
     " diffit_jax.autoencoder.codec, diffit_jax.evaluation.job,"
-    " diffit_jax.evaluation.measure, diffit_jax.evaluation.samples"
+    " diffit_jax.evaluation.measure, diffit_jax.evaluation.sets.samples"
   )
   assert "tensorflow" not in loaded(code)

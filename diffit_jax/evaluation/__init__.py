@@ -1,5 +1,19 @@
-"""How good samples are: FID and what goes with it."""
+"""How good samples are: FID and the other metrics.
 
-from diffit_jax.evaluation.extractor import load_inception
+  sets      what is compared: images from all sources, samples, references
+  features  from images to numbers: the Inception and other feature spaces
+  metrics   from numbers to scores: one table
+
+These know nothing of each other. The modules beside them join the three:
+`measure` and `job` make a card, `in_loop` does so while a run trains.
+"""
 
 __all__ = ["load_inception"]
+
+
+def __getattr__(name: str):
+  if name != "load_inception":
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  from diffit_jax.evaluation.features.extractor import load_inception
+
+  return load_inception

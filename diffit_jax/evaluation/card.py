@@ -2,23 +2,23 @@
 
 A card is a JSON file:
 
-  metrics       {name: value}, as in `scores`
+  metrics       {name: value}, see `metrics.table`
   not_computed  {name: why}
-  num_samples   images that were scored
+  num_samples   number of images that were scored
   protocol      feature space (name, SHA-256 of weights, rule of resizing),
                 reference (hash, images), repeats, how a repeat was chosen,
-                how classes were told to be the same, if they were compared
+                how classes were matched, if they were compared
   samples       where the images come from; "sampling" holds the sampler,
                 steps, seed, guidance, average, precision, VAE, rule of 8 bits,
                 and the hashes of weights and config; "subset" says which
-                images were taken, where not all were
+                images were taken, if not all were
   per_class     {class: distance}, if asked for
   repeats       [metrics of each run], if there were several
   warnings      what a reader must know before quoting a number
   software      versions
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import datetime
 from importlib import metadata
 import json
@@ -27,20 +27,10 @@ import pathlib
 import platform
 from typing import Any
 
+from diffit_jax import whole
 from diffit_jax.errors import UserError
+from diffit_jax.evaluation.metrics import table
 
-TITLES = {
-  "fid": "FID",
-  "sfid": "sFID",
-  "inception_score": "inception score",
-  "precision": "precision",
-  "recall": "recall",
-  "kid": "KID",
-  "intra_fid": "intra-FID",
-  "frechet": "Fréchet distance",
-  "kernel": "kernel distance",
-  "intra_frechet": "mean of the classes' Fréchet distances",
-}
 _PARTS = ("metrics", "not_computed", "protocol", "samples")  # {name: ...} each
 _PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "scikit-learn", "Pillow")
 
@@ -55,16 +45,9 @@ def make(
   per_class: Mapping[str, float] | None = None,
   repeats: list[dict[str, float]] | None = None,
 ) -> dict[str, Any]:
-  """A card of these.
+  """A card with these parts, its warnings, versions and the date.
 
-  Args:
-    metrics: {name: value}.
-    not_computed: {name: why}.
-    num_samples: that were scored.
-    protocol: see the module.
-    samples: where they come from.
-    per_class: {class: Fréchet distance}, where it was asked for.
-    repeats: the metrics of each run, where there were several.
+  The arguments are described at the top of the module.
   """
   card = {
     "metrics": dict(metrics),
@@ -109,7 +92,7 @@ def _warnings(num: int, protocol: Mapping, samples: Mapping) -> list[str]:
 
 
 def deciding(part: Any) -> Any:
-  """A part of a card, as JSON reads it, less what only says where from."""
+  """A part of a card as JSON reads it, without what only tells its source."""
   part = json.loads(json.dumps(part))
   if isinstance(part, dict):
     part.pop("source", None)
@@ -117,42 +100,40 @@ def deciding(part: Any) -> Any:
   return part
 
 
-def title(name: str, num_samples: int) -> str:
-  """The name to print: FID-50K for 50,000 samples and for no other number."""
-  if name == "fid" and num_samples == 50_000:
-    return "FID-50K"
-  if name in TITLES:
-    return TITLES[name]
-  if name.endswith("_standard_error"):
-    return f"{title(name.removesuffix('_standard_error'), num_samples)}, s.e."
-  plain, _, space = name.rpartition("_")
-  return f"{TITLES.get(plain, plain)} ({space})"
+def has(card: Mapping[str, Any], num: int, wanted: Iterable[str]) -> bool:
+  """Whether a card tells these metrics of that many samples."""
+  done = {*card["metrics"], *card["not_computed"]}
+  return card["num_samples"] == num and {*wanted} <= done
+
+
+def metric_names(cards: Iterable[Mapping[str, Any]]) -> list[str]:
+  """The metrics on any of the cards, in order, without standard errors."""
+  names = dict.fromkeys(name for card in cards for name in card["metrics"])
+  return [name for name in names if not name.endswith(table.STANDARD_ERROR)]
 
 
 def lines(card: Mapping[str, Any]) -> str:
-  """What an entry point prints of a card."""
+  """A card as an entry point prints it."""
   num = card["num_samples"]
   rows = [
-    f"{title(name, num)}: {value:.6g}"
+    f"{table.title(name, num)}: {value:.6g}"
     for name, value in card["metrics"].items()
   ]
   rows.append(f"of {num:,} samples")
   if "repeats" in card:
     rows.append(f"reported: {card['protocol']['reported']}")
   rows += [
-    f"not computed: {title(name, num)}: {why}"
+    f"not computed: {table.title(name, num)}: {why}"
     for name, why in card["not_computed"].items()
   ]
   return "\n".join(rows + [f"warning: {text}" for text in card["warnings"]])
 
 
 def write(path: str | os.PathLike, card: Mapping[str, Any]) -> None:
-  """Writes a card, whole or not at all."""
-  path = pathlib.Path(path)
-  partial = path.with_name(f"{path.name}.partial")
+  """Writes a card: the whole of it or nothing."""
   try:
-    partial.write_text(json.dumps(card, indent=2) + "\n")
-    os.replace(partial, path)
+    with whole.writing(path) as partial:
+      partial.write_text(json.dumps(card, indent=2) + "\n")
   except OSError as error:
     raise UserError(f"cannot write the card {path}: {error}") from error
 

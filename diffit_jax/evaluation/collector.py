@@ -1,20 +1,19 @@
 """Runs an extractor over batches of images, on all devices of all hosts.
 
 Each batch is split over the mesh, and its features (20 KB an image) come back
-whole to every process, which adds them up in float64, in order. So no number
-depends on how many devices or processes there are, but for the rounding of the
-network itself; and rows beyond the last image are dropped on the way.
+whole to every process, which adds them up in float64, in order. So the number
+of devices or processes changes nothing but the rounding of the network itself.
+Rows beyond the last image are dropped on the way.
 
 With a partial file, what was gathered is kept every few minutes and at SIGTERM,
-and the same call goes on from it, to the same bits.
+and the same call continues from it, to the same bits.
 """
 
 from collections.abc import Callable, Mapping
-import io
 import itertools
 import json
-import os
 import pathlib
+import re
 import time
 import zipfile
 
@@ -23,10 +22,11 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
+from diffit_jax import whole
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.batches import Batches
-from diffit_jax.evaluation.extractor import Extractor
-from diffit_jax.evaluation.statistics import Statistics
+from diffit_jax.evaluation.features.extractor import Extractor
+from diffit_jax.evaluation.metrics.statistics import FeatureStatistics
+from diffit_jax.evaluation.sets.batches import Batches
 from diffit_jax.parallel import runtime
 from diffit_jax.parallel.mesh import (
   batch_sharding,
@@ -56,9 +56,9 @@ class Collector:
 
   Attributes:
     extractor: what makes the features.
-    mesh: of the devices.
+    mesh: the devices.
     check_claim: called before a file is written, in the process that writes;
-      raises a UserError where another process has taken the place.
+      raises a UserError if another process has taken the place.
   """
 
   def __init__(
@@ -73,10 +73,10 @@ class Collector:
     """Copies the extractor's weights to the devices.
 
     Args:
-      extractor: of the feature space.
-      mesh: of the devices.
+      extractor: what makes the features.
+      mesh: the devices.
       batch_size: images per call, over all devices; rounded up to fill them.
-      should_stop: asked after every batch; says the same in all processes.
+      should_stop: asked after every batch; answers the same in all processes.
       check_claim: see the class.
     """
     self.extractor, self.mesh = extractor, mesh
@@ -95,52 +95,53 @@ class Collector:
   def collect(
     self,
     batches: Batches,
-    label: str,
+    source: str,
     *,
-    held: np.ndarray | None = None,
-    partial: "PartialFile | None" = None,
-    quiet: bool = False,
-  ) -> Statistics:
+    held: np.ndarray | None,
+    stem: pathlib.Path | None,
+    what: str,
+    settings: Mapping,
+  ) -> FeatureStatistics:
     """Statistics of all images of `batches`.
 
     Args:
       batches: the images.
-      label: for the progress display.
+      source: name of the set, for the progress display.
       held: sorted indices of the images whose features are kept; None for all.
-      partial: where to keep, and to find, what is gathered.
-      quiet: shows no progress.
+      stem: path that the partial file's name begins with; None for no file.
+      what: part of the partial file's name, as `remove_partial` knows it.
+      settings: JSON-able; a partial file of other settings is ignored.
 
     Raises:
       Stopped: SIGTERM came first.
     """
-    gathered = Statistics(held)
-    if partial is not None:
-      partial.load(gathered)
+    gathered = FeatureStatistics(held)
+    partial = _PartialFile(
+      stem and stem.with_name(f"{stem.name}.{what}.partial"),
+      {**settings, "extractor": dict(self.extractor.card_entry)},
+      self.check_claim,
+    )
+    partial.load(gathered)
     progress = Progress(
       batches.num,
-      label,
+      f"features of {source}",
       "images",
       gathered.num,
-      quiet=quiet or not runtime.is_first(),
+      quiet=not runtime.is_first(),
     )
     with progress:
-      self._collect(batches, gathered, partial, progress)
-    batches.finish()
-    if partial is not None:
-      partial.save(gathered)  # what follows may be stopped, too
-    return gathered
-
-  def _collect(self, batches, gathered, partial, progress) -> None:
-    """One batch ahead: the devices work while the last features are added."""
-    waiting = None
-    for start in range(gathered.num, batches.num, self._batch_size):
-      images = batches.get(start, self._batch_size)
-      features = self._run(self._params, images)
-      if waiting is not None:
+      waiting = None  # one batch ahead: the devices work while this adds
+      for start in range(gathered.num, batches.num, self._batch_size):
+        images = batches.get(start, self._batch_size)
+        features = self._run(self._params, images)
+        if waiting:
+          self._add(waiting, batches, gathered, partial, progress)
+        waiting = features
+      if waiting:
         self._add(waiting, batches, gathered, partial, progress)
-      waiting = features
-    if waiting is not None:
-      self._add(waiting, batches, gathered, partial, progress)
+    batches.finish()
+    partial.save(gathered)  # what follows may be stopped, too
+    return gathered
 
   def _add(self, features, batches, gathered, partial, progress) -> None:
     wanted = min(self._batch_size, batches.num - gathered.num)
@@ -155,35 +156,29 @@ class Collector:
     gathered.update(found)
     progress.update(wanted)
     if self._should_stop() and gathered.num < batches.num:
-      if partial is not None:
-        partial.save(gathered)
+      partial.save(gathered)
       raise Stopped
-    if partial is not None:
-      partial.save_now_and_then(gathered)
+    partial.save_now_and_then(gathered)
 
 
-class PartialFile:
+class _PartialFile:
   """What was gathered so far, with the settings that it was gathered under."""
 
   def __init__(
     self,
-    path: str | os.PathLike,
+    path: pathlib.Path | None,
     settings: Mapping,
     check_claim: Callable[[], None],
   ):
-    """Reads and writes nothing yet.
-
-    Args:
-      path: of the file.
-      settings: JSON-able; a file of other settings is passed over.
-      check_claim: as the collector's.
-    """
-    self.path, self._check_claim = pathlib.Path(path), check_claim
+    """Reads and writes nothing yet; with no path, never."""
+    self._path, self._check_claim = path, check_claim
     self._settings = json.dumps(settings, sort_keys=True)
     self._saved_at = time.monotonic()
 
-  def load(self, gathered: Statistics) -> None:
-    """Goes on from the file, in all processes or in none."""
+  def load(self, gathered: FeatureStatistics) -> None:
+    """Continues from the file, in all processes or in none."""
+    if self._path is None:
+      return
     state = self._read()
     num = int(state["num"]) if state else 0
     try:
@@ -191,40 +186,47 @@ class PartialFile:
     except UserError:
       return
     if num:
-      logging.info("going on from %s, %d images", self.path, num)
+      logging.info("going on from %s, %d images", self._path, num)
       gathered.restore(state)
 
   def _read(self) -> dict[str, np.ndarray]:
     try:
-      with np.load(self.path, allow_pickle=False) as file:
+      with np.load(self._path, allow_pickle=False) as file:
         if str(file["settings"]) != self._settings:
           return {}
         return {name: file[name] for name in file.files}
     except FileNotFoundError:
       return {}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-      logging.warning("%s is damaged: starting anew", self.path)
+      logging.warning("%s is damaged: starting anew", self._path)
       return {}
 
-  def save_now_and_then(self, gathered: Statistics) -> None:
-    """Saves where the last save is a while ago."""
+  def save_now_and_then(self, gathered: FeatureStatistics) -> None:
+    """Saves if the last save was some time ago."""
     if time.monotonic() - self._saved_at > _SAVE_SECONDS:
       self.save(gathered)
 
-  def save(self, gathered: Statistics) -> None:
-    """Writes the file anew, whole or not at all."""
+  def save(self, gathered: FeatureStatistics) -> None:
+    """Replaces the file: by the whole new one, or not at all."""
     self._saved_at = time.monotonic()
-    if not runtime.is_first():
+    if self._path is None or not runtime.is_first():
       return
     self._check_claim()
-    new = self.path.with_name(f"{self.path.name}.new")
     try:
-      with new.open("wb", buffering=io.DEFAULT_BUFFER_SIZE) as file:
+      with whole.writing(self._path) as new, new.open("wb") as file:
         np.savez(file, settings=self._settings, **gathered.state())
-      os.replace(new, self.path)
     except OSError as error:
-      new.unlink(missing_ok=True)
       raise UserError(
-        f"cannot write {self.path}: {error}; free some space, then run the same"
-        " command again"
+        f"cannot write {self._path}: {error}; free some space, then run the"
+        " same command again"
       ) from error
+
+
+def remove_partial(stem: pathlib.Path) -> None:
+  """Deletes the partial files of a stem, when the result is written."""
+  if not runtime.is_first():
+    return
+  ours = re.compile(rf"{re.escape(stem.name)}\.(reference|samples\d+)\.partial")
+  for path in stem.parent.iterdir():
+    if ours.fullmatch(path.name):
+      path.unlink(missing_ok=True)

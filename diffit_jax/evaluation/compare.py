@@ -5,8 +5,9 @@ import json
 from typing import Any
 
 from diffit_jax.evaluation import card as card_lib
+from diffit_jax.evaluation.metrics import table as metric_table
 
-# Where a number comes from, not what decides it.
+# What only tells where a number comes from.
 _PASSED_OVER = {
   "protocol.warnings",
   "protocol.reported",
@@ -19,6 +20,12 @@ _PASSED_OVER = {
   "samples.sampling.about.source",
   "samples.sampling.about.vae_source",
 }
+_PARTS = {  # of a card, and the line above their differences
+  "protocol": "Measured differently, so the numbers do not compare as they"
+  " stand:",
+  "samples": "Made differently:",
+  "software": "Other software:",
+}
 _LEFT = 24  # characters of a value that are shown
 
 
@@ -28,17 +35,10 @@ def table(cards: Mapping[str, Mapping[str, Any]]) -> str:
   Args:
     cards: {name: card}, in the order of the rows.
   """
-  names = list(
-    dict.fromkeys(
-      name
-      for card in cards.values()
-      for name in card["metrics"]
-      if not name.endswith("_standard_error")
-    )
-  )
+  names = card_lib.metric_names(cards.values())
   same_num = len({card["num_samples"] for card in cards.values()}) == 1
   num = next(iter(cards.values()))["num_samples"] if same_num else 0
-  rows = [["", *(card_lib.title(name, num) for name in names), "samples"]]
+  rows = [["", *(metric_table.title(name, num) for name in names), "samples"]]
   for label, card in cards.items():
     values = [_value(card, name) for name in names]
     rows.append([label, *values, f"{card['num_samples']:,}"])
@@ -49,7 +49,7 @@ def _value(card: Mapping[str, Any], name: str) -> str:
   value = card["metrics"].get(name)
   if value is None:
     return "-"
-  error = card["metrics"].get(f"{name}_standard_error")
+  error = card["metrics"].get(name + metric_table.STANDARD_ERROR)
   return f"{value:.5g}" + (f" ± {error:.1g}" if error is not None else "")
 
 
@@ -59,10 +59,13 @@ def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _differences(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
-  """Lines on what differs: first how was measured, then what was."""
-  flat = {label: _flatten(_deciding(card)) for label, card in cards.items()}
+  """Lines on what differs: how it was measured, then what was measured."""
+  flat = {
+    label: _flatten({key: card.get(key) for key in ("num_samples", *_PARTS)})
+    for label, card in cards.items()
+  }
   keys = dict.fromkeys(key for fields in flat.values() for key in fields)
-  lines = {"protocol": [], "samples": [], "software": []}
+  lines = {part: [] for part in _PARTS}
   for key in keys:
     values = {label: fields.get(key) for label, fields in flat.items()}
     if key in _PASSED_OVER or len(set(map(_text, values.values()))) == 1:
@@ -70,24 +73,13 @@ def _differences(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
     shown = ", ".join(f"{label} {_text(v)}" for label, v in values.items())
     part = key.partition(".")[0]
     lines[part if part in lines else "protocol"].append(f"- {key}: {shown}")
-  titles = {
-    "protocol": "Measured differently, so the numbers do not compare as they"
-    " stand:",
-    "samples": "Made differently:",
-    "software": "Other software:",
-  }
   found = []
-  for part, text in titles.items():
+  for part, text in _PARTS.items():
     if lines[part]:
       found += [text, *lines[part], ""]
   if not lines["protocol"]:
     found.insert(0, "Measured alike: samples, reference, features and rule.\n")
   return found[:-1] if found and not found[-1] else found
-
-
-def _deciding(card: Mapping[str, Any]) -> dict[str, Any]:
-  keys = ("num_samples", "protocol", "samples", "software")
-  return {key: card.get(key) for key in keys}
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

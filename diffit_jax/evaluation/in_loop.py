@@ -1,9 +1,9 @@
-"""Scores of a run while it trains, on the code path of `evaluate`.
+"""Scores of a run while it trains, by the same code as `evaluate`.
 
-Each evaluation leaves a card in `<workdir>/evaluation`. A card that is there
-is what says that a step was evaluated, so an evaluation that was cut off is
-made up for by the next start. Features of the reference are gathered once and
-kept beside the cards.
+Each evaluation leaves a card in `<workdir>/evaluation`. The card tells that a
+step was evaluated; so an evaluation that was interrupted is made again at the
+next start. Features of the reference are gathered once and kept beside the
+cards.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,12 +16,18 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from diffit_jax.evaluation import card, job, scores, spaces
+from diffit_jax.evaluation import card, job
 from diffit_jax.evaluation import measure as measure_lib
-from diffit_jax.evaluation import reference as reference_lib
 from diffit_jax.evaluation.collector import Collector
-from diffit_jax.evaluation.samples import NetworkSamples, sample_shape
+from diffit_jax.evaluation.features import spaces
+from diffit_jax.evaluation.metrics import table
+from diffit_jax.evaluation.sets import references
+from diffit_jax.evaluation.sets.network_samples import (
+  NetworkSamples,
+  sample_shape,
+)
 from diffit_jax.generation import weights
+from diffit_jax.generation.generator import make_generator
 from diffit_jax.parallel import runtime
 from diffit_jax.parallel.mesh import replicated
 
@@ -31,11 +37,11 @@ _PER_DEVICE = 32  # images of a call, at most
 _SEED = 1_000_003
 
 
-class Evaluator:
+class RunScorer:
   """Scores the weights of one run.
 
   Attributes:
-    folder: of the cards.
+    folder: folder of the cards.
   """
 
   def __init__(
@@ -55,53 +61,51 @@ class Evaluator:
 
     Args:
       model: the network.
-      config: of the run; `config.evaluation` says what is measured.
-      mesh: of the devices.
+      config: the run's; `config.evaluation` says what is measured.
+      mesh: the devices.
       codec: decodes the latents of a latent model.
-      should_stop: asked after every batch; says the same in all processes.
+      should_stop: asked after every batch; answers the same in all processes.
       check_claim: see `Collector`.
       directory: the workdir.
-      inception: safetensors file of Inception's weights, where they are needed.
-      data_dir: of the prepared data sets.
+      inception: safetensors file of Inception's weights, if they are needed.
+      data_dir: folder of the prepared data sets.
     """
     options = config.evaluation
     self.folder = pathlib.Path(directory) / "evaluation"
     self._config, self._num = config, options.num
-    self._metrics = scores.choose(options.metrics, options.features)
-    self._reference = reference_lib.read_reference(
+    self._metrics = table.choose(options.metrics, options.features)
+    self._reference = references.read_reference(
       options.reference or config.data.name, data_dir, config.data.split
     )
-    space = spaces.open_space(options.features, inception)
     self._collector = Collector(
-      space,
+      spaces.open_space(options.features, inception),
       mesh,
       batch_size=min(_PER_DEVICE * mesh.size, options.num),
       should_stop=should_stop,
       check_claim=check_claim,
     )
+    self._measure = None
+    self._shape = sample_shape(config, codec)
+    measure_lib.check_fit(self._collector, self._reference, self._shape)
     self._gather = jax.jit(lambda x: x, out_shardings=replicated(mesh))
+    generate = make_generator(model, config, mesh, codec)
     self._make_samples = lambda loaded: NetworkSamples(
-      loaded, model, mesh, seed=_SEED, labels="random", codec=codec
-    )
-    self._samples = self._measure = None
-    measure_lib.check_fit(
-      self._collector, self._reference, sample_shape(config, codec)
+      loaded, model, generate, seed=_SEED, labels="random", codec=codec
     )
 
   def find(self, step: int) -> dict[str, float]:
-    """What a step scored in this or an earlier start; {} for nothing.
+    """Scores of a step from this or an earlier start; {} if there are none.
 
-    A card of an earlier start that scored something else counts for nothing.
+    A card of an earlier start with other metrics or another number of samples
+    does not count.
     """
-    path = self._card(step)
+    path = self._card_path(step)
 
     def read() -> dict[str, float]:
-      if not path.exists():
-        return {}
-      found = card.read(path)
-      done = {*found["metrics"], *found["not_computed"]}
-      is_same = found["num_samples"] == self._num and {*self._metrics} <= done
-      return found["metrics"] if is_same else {}
+      found = card.read(path) if path.exists() else None
+      if found and card.has(found, self._num, self._metrics):
+        return found["metrics"]
+      return {}
 
     return runtime.from_first(read)
 
@@ -113,7 +117,7 @@ class Evaluator:
     Args:
       step: number of steps taken.
       averages: {name: parameters}; the first is scored.
-      params: scored where there are no averages.
+      params: scored if there are no averages.
 
     Returns:
       {metric: value}.
@@ -130,26 +134,17 @@ class Evaluator:
     return self._score(loaded)["metrics"]
 
   def _score(self, loaded: weights.Weights) -> dict:
-    if self._samples is None:
-      self._samples = self._make_samples(loaded)
-    else:
-      self._samples = self._samples.with_weights(loaded)
     self.folder.mkdir(parents=True, exist_ok=True)
     if self._measure is None:
       self._measure = measure_lib.make_measure(
         self._collector,
         self._reference,
-        self._samples.shape,
+        self._shape,
         wanted=self._metrics,
         partial=self.folder / "reference",
       )
-    return job.evaluate_to_file(
-      self._measure,
-      self._samples,
-      self._card(loaded.step),
-      num=self._num,
-      repeats=1,
-    )
+    samples, path = self._make_samples(loaded), self._card_path(loaded.step)
+    return job.evaluate_to_file(self._measure, samples, path, num=self._num)
 
-  def _card(self, step: int) -> pathlib.Path:
+  def _card_path(self, step: int) -> pathlib.Path:
     return self.folder / f"step_{step:08d}.json"

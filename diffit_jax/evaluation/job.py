@@ -5,19 +5,36 @@ Every process of a run does all of it; the first one writes.
 
 from collections.abc import Collection, Mapping
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
 import numpy as np
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import card as card_lib
-from diffit_jax.evaluation import classes as classes_lib
-from diffit_jax.evaluation import scores
-from diffit_jax.evaluation.inception_score import SPLIT_SIZE
-from diffit_jax.evaluation.measure import Measure, partial_file, remove_partial
-from diffit_jax.evaluation.samples import Samples
+from diffit_jax.evaluation.collector import remove_partial
+from diffit_jax.evaluation.measure import Measure
+from diffit_jax.evaluation.metrics import table
+from diffit_jax.evaluation.metrics.logit_score import SPLIT_SIZE
+from diffit_jax.evaluation.sets import class_matching
+from diffit_jax.evaluation.sets.samples import Samples
 from diffit_jax.parallel import runtime
+
+
+class _Score(NamedTuple):
+  """What one repeat gives.
+
+  Attributes:
+    values: {metric: value}.
+    missing: {metric: why it could not be computed}.
+    distances: {class: Fréchet distance}, if classes are compared.
+    rule: how classes were matched, if they were: "by name" or "by number".
+  """
+
+  values: dict[str, float]
+  missing: dict[str, str]
+  distances: dict[str, float] = {}
+  rule: str | None = None
 
 
 def evaluate(
@@ -32,10 +49,11 @@ def evaluate(
 
   Args:
     measure: what is measured, and against what.
-    samples: the samples.
-    num: how many; each repeat takes others.
-    repeats: of which the one with the smallest distance is reported.
-    partial: stem of the files that keep what was gathered; None for none.
+    samples: images, or a network that makes them.
+    num: number of samples in a repeat; each repeat takes others.
+    repeats: number of repeats; the one with the smallest distance is reported.
+    partial: stem of the files that keep what was gathered; None keeps
+      nothing.
 
   Returns:
     The card.
@@ -48,20 +66,19 @@ def evaluate(
   found = [
     _score(measure, samples, num, repeat, partial) for repeat in range(repeats)
   ]
-  best, reported = _best([values for values, *_ in found], measure)
-  values, missing, classes, rule = found[best]
+  best, reported = _best([score.values for score in found], measure)
   protocol = measure.protocol() | {"repeats": repeats, "reported": reported}
   protocol["warnings"] += warn_of_order(measure.wanted, samples, num)
-  if rule:
-    protocol["classes"] = rule
+  if found[best].rule:
+    protocol["classes"] = found[best].rule
   return card_lib.make(
-    metrics=values,
-    not_computed=missing,
-    per_class=classes,
+    metrics=found[best].values,
+    not_computed=found[best].missing,
+    per_class=found[best].distances,
     num_samples=num,
     protocol=protocol,
-    samples=_about(samples, num),
-    repeats=[each for each, *_ in found] if repeats > 1 else None,
+    samples=_card_entry(samples, num),
+    repeats=[score.values for score in found] if repeats > 1 else None,
   )
 
 
@@ -72,16 +89,17 @@ def _best(found: list[dict[str, float]], measure: Measure) -> tuple[int, str]:
   by = next((name for name in measure.wanted if name in found[0]), None)
   if by is None:
     return 0, "the first run"
-  more = scores.plain(by, measure.space) in scores.MORE_IS_BETTER
-  values = [-each[by] if more else each[by] for each in found]
+  higher = table.find(by).better == "higher"
+  values = [-each[by] if higher else each[by] for each in found]
   best = int(np.argmin(values))
   return best, (
     f"run {best + 1} of {len(found)}, the one with the"
-    f" {'largest' if more else 'smallest'} {by} (EDM's rule), not their mean"
+    f" {'largest' if higher else 'smallest'} {by} (EDM's rule), not their mean"
   )
 
 
 def check_num(samples: Samples, num: int, repeats: int) -> None:
+  """Raises a UserError where there are not that many samples."""
   available = samples.available
   if num < 2:
     raise UserError(f"--num={num}: a distance needs at least 2 samples")
@@ -89,23 +107,23 @@ def check_num(samples: Samples, num: int, repeats: int) -> None:
     times = f" {repeats} times" if repeats > 1 else ""
     raise UserError(
       f"--num={num}{times} is more than the {available} images of"
-      f" {samples.about['source']}"
+      f" {samples.card_entry['source']}"
     )
 
 
-def _about(samples: Samples, num: int) -> dict[str, Any]:
-  """What a card says of the samples, with which of them were taken."""
+def _card_entry(samples: Samples, num: int) -> dict[str, Any]:
+  """What a card says about the samples, with which of them were taken."""
   rule = samples.subset_rule(num)
-  return samples.about | ({"subset": rule} if rule else {})
+  return samples.card_entry | ({"subset": rule} if rule else {})
 
 
 def warn_of_order(
   wanted: Collection[str], samples: Samples, num: int
 ) -> list[str]:
-  """What to say where splits of the inception score hold few classes each."""
+  """Warnings where splits of the inception score hold few classes each."""
   is_split = "inception_score" in wanted and num > SPLIT_SIZE
   # Data sets are in mixed order, and a network's classes are dealt out.
-  if not is_split or samples.about["kind"] in ("dataset", "network"):
+  if not is_split or samples.card_entry["kind"] in ("dataset", "network"):
     return []
   classes = samples.classes(0, num)
   changes = [] if classes is None else np.diff(classes.labels)
@@ -118,91 +136,72 @@ def warn_of_order(
   ]
 
 
-def _classes(samples: Samples, num: int, repeat: int) -> classes_lib.Classes:
-  classes = samples.classes(repeat, num)
-  if classes is None:
-    raise UserError(
-      f"--per_class needs labels, and the samples of {samples.about['source']}"
-      " have none: an npz has them as arr_1"
-    )
-  return classes
-
-
-def _score(measure, samples, num, repeat, partial):
-  """(metrics, why others are missing, distances by class, how classes were
-  told to be the same) of one repeat.
-  """
+def _score(
+  measure: Measure,
+  samples: Samples,
+  num: int,
+  repeat: int,
+  partial: pathlib.Path | None,
+) -> _Score:
   collector, match = measure.collector, None
+  source, needs_rows = samples.card_entry["source"], measure.needs_rows
   if measure.per_class:
-    classes = _classes(samples, num, repeat)
-    match = classes_lib.match(classes, measure.reference.images.classes)
-  needs_rows = measure.per_class or scores.need_rows(
-    measure.wanted, measure.space
-  )
-  settings = {
-    "samples": _about(samples, num),
-    "extractor": dict(collector.extractor.about),
-    "range": [repeat * num, num],
-    "rows": needs_rows,
-  }
-  file = partial_file(partial, f"samples{repeat}", settings, collector)
+    classes = samples.classes(repeat, num)
+    if classes is None:
+      raise UserError(
+        f"--per_class needs labels, and the samples of {source} have none: an"
+        " npz has them as arr_1"
+      )
+    match = class_matching.match(classes, measure.reference.images.classes)
   gathered = collector.collect(
     samples.batches(repeat, num, collector.mesh),
-    f"features of {samples.about['source']}",
+    source,
     held=None if needs_rows else np.arange(0),
-    partial=file,
+    stem=partial,
+    what=f"samples{repeat}",
+    settings={
+      "samples": _card_entry(samples, num),
+      "range": [repeat * num, num],
+      "rows": needs_rows,
+    },
   )
-  values, missing = scores.score(
-    gathered, measure.statistics, measure.wanted, measure.space
-  )
+  values, missing = table.score(gathered, measure.statistics, measure.wanted)
   if match is None:
-    return values, missing, {}, None
-  distances = scores.per_class(
+    return _Score(values, missing)
+  from diffit_jax.evaluation.metrics import frechet
+
+  distances = frechet.per_class(
     gathered.rows(), classes.labels, measure.statistics, match.pairs
   )
-  name = "fid" if measure.space == "inception" else f"frechet_{measure.space}"
-  values[f"intra_{name}"] = float(np.mean(list(distances.values())))
-  return values, missing, distances, match.rule
-
-
-def refuse_folder(out: pathlib.Path) -> None:
-  """Refuses an --out that is to be a card and is a folder."""
-  if out.is_dir():
-    raise UserError(f"--out={out} is a folder: a card is a file, as card.json")
-
-
-def prepare_output(out: pathlib.Path, is_folder: bool) -> None:
-  """Makes the folder that cards go into, and refuses where that fails."""
-  folder = out if is_folder else out.parent
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"cannot make the folder {folder}: {error}") from error
+  mean = float(np.mean(list(distances.values())))
+  values[table.PER_CLASS.name_in(measure.space)] = mean
+  return _Score(values, missing, distances, match.rule)
 
 
 def evaluate_to_file(
-  measure: Measure, samples: Samples, path: pathlib.Path, **options
+  measure: Measure,
+  samples: Samples,
+  path: pathlib.Path,
+  *,
+  num: int,
+  repeats: int = 1,
 ) -> dict[str, Any]:
-  """The card at `path`: read where it is the same measurement, else made.
+  """The card at `path`: read if it is the same measurement, else made.
 
-  Args:
-    measure: what is measured.
-    samples: the samples.
-    path: of the card.
-    **options: num and repeats of `evaluate`.
+  Args: as `evaluate`; and `path`, the card's.
   """
 
   def find() -> dict[str, Any] | None:
     if not path.exists():
       return None
     card = card_lib.read(path)  # anything else is not written over
-    return card if _is_same(card, measure, samples, **options) else None
+    return card if _is_same(card, measure, samples, num, repeats) else None
 
   card = runtime.from_first(find)
   if card is not None:
     logging.info("%s is there already", path)
     return card
-  card = evaluate(measure, samples, partial=path, **options)
+  card = evaluate(measure, samples, num=num, repeats=repeats, partial=path)
   if runtime.is_first():
     measure.collector.check_claim()
     card_lib.write(path, card)
@@ -211,19 +210,20 @@ def evaluate_to_file(
 
 
 def _is_same(
-  card: Mapping[str, Any], measure: Measure, samples: Samples, num, repeats
+  card: Mapping[str, Any],
+  measure: Measure,
+  samples: Samples,
+  num: int,
+  repeats: int,
 ) -> bool:
   """Whether a card holds all that is asked for, measured in the same way."""
   found = {**card["protocol"], "samples": card["samples"]}
-  wanted = {
-    **measure.protocol(),
+  wanted = measure.protocol() | {
     "repeats": repeats,
-    "samples": _about(samples, num),
+    "samples": _card_entry(samples, num),
   }
-  done = {*card["metrics"], *card["not_computed"]}
   return (
-    card["num_samples"] == num
-    and {*measure.wanted} <= done
+    card_lib.has(card, num, measure.wanted)
     # Cards of before classes had names do not say which are the same.
     and ("classes" in found or not measure.per_class)
     and all(

@@ -1,16 +1,16 @@
 """The same measurement for several values of one sampler field, and a plot."""
 
 from collections.abc import Mapping
-import os
 import pathlib
 from typing import Any
 
-from diffit_jax import ranges
+from diffit_jax import ranges, whole
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import card as card_lib
 from diffit_jax.evaluation import compare
+from diffit_jax.evaluation.metrics import table
 
-# Fields of config.sampler that are numbers, with the words of the axis.
+# Fields of config.sampler that are numbers, with the label of the axis.
 FIELDS = {
   "guidance_scale": "guidance scale",
   "guidance_power": "power of the guidance schedule",
@@ -22,7 +22,7 @@ def parse(text: str | None) -> tuple[str | None, list]:
   """("steps", [10, 20]) from "steps=10,20"; (None, [None]) from None.
 
   Raises:
-    UserError: another field, or no numbers.
+    UserError: a field that cannot be swept, or values that are no numbers.
   """
   if text is None:
     return None, [None]
@@ -49,7 +49,7 @@ def parse(text: str | None) -> tuple[str | None, list]:
 def card_path(
   out: pathlib.Path, name: str | None, value: float | None
 ) -> pathlib.Path:
-  """Where a card goes: into the folder `out` in a sweep, else `out` itself."""
+  """Path of a card: in the folder `out` in a sweep, else `out` itself."""
   return out / f"{name}={value:g}.json" if name else out
 
 
@@ -57,9 +57,9 @@ def write(
   name: str, cards: Mapping[float, Mapping[str, Any]], out: pathlib.Path
 ) -> pathlib.Path:
   """Writes table.md and plot.png of the cards; returns the plot's path."""
-  table = compare.table({f"{value:g}": card for value, card in cards.items()})
+  text = compare.table({f"{value:g}": card for value, card in cards.items()})
   try:
-    (out / "table.md").write_text(table + "\n")
+    (out / "table.md").write_text(text + "\n")
     plot(name, cards, out / "plot.png")
   except OSError as error:
     raise UserError(f"cannot write to --out={out}: {error}") from error
@@ -74,18 +74,14 @@ def plot(
   Args:
     name: the field.
     cards: {value of the field: card}.
-    path: of the PNG file.
+    path: the PNG file.
   """
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
   values = sorted(cards)
   num = cards[values[0]]["num_samples"]
-  metrics = [
-    metric
-    for metric in cards[values[0]]["metrics"]
-    if not metric.endswith("_standard_error")
-  ]
+  metrics = card_lib.metric_names(cards[x] for x in values)
   figure = Figure(figsize=(3.6 * len(metrics), 3.2), layout="constrained")
   FigureCanvasAgg(figure)
   for i, metric in enumerate(metrics):
@@ -93,11 +89,10 @@ def plot(
     found = [cards[x]["metrics"].get(metric, float("nan")) for x in values]
     axes.plot(values, found, marker="o")
     axes.set_xlabel(FIELDS[name])
-    axes.set_title(card_lib.title(metric, num), fontsize=9)
+    axes.set_title(table.title(metric, num), fontsize=9)
     axes.grid(alpha=0.3)
     if name == "steps" and values[-1] >= 8 * values[0]:
       axes.set_xscale("log")
   figure.suptitle(f"{num:,} samples per point", fontsize=10)
-  partial = path.with_name(f"{path.name}.partial")
-  figure.savefig(partial, format="png", dpi=120)
-  os.replace(partial, path)
+  with whole.writing(path) as partial:
+    figure.savefig(partial, format="png", dpi=120)

@@ -7,21 +7,18 @@ settings; samples that are damaged are made anew.
 from collections.abc import Callable
 from concurrent import futures
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
 import pathlib
 
 from absl import logging
-from flax import traverse_util
-import jax
 from jax.sharding import Mesh
 import numpy as np
 
 from diffit_jax import claim, models, whole
 from diffit_jax.errors import UserError
-from diffit_jax.generation import generator
+from diffit_jax.generation import description, generator
 from diffit_jax.generation.output import (
   IMAGES,
   LATENTS,
@@ -88,7 +85,7 @@ def sample_to_folder(
     LATENTS if is_latent else IMAGES,
     generator.sample_shape(config, codec),
   )
-  settings = describe(weights, seed, labels, codec)
+  settings = description.describe(weights, seed, labels, codec)
   generate_batch = lambda index: generate(
     weights.params, seed, index.astype(np.uint32), classes(index)
   )
@@ -209,50 +206,6 @@ def _report_skipped(weights: Weights, mesh: Mesh, seed: int, classes) -> None:
     np.abs(made[1] - made[0]).max(),
     made[0].std(),
   )
-
-
-def describe(weights: Weights, seed: int, labels: str, codec) -> dict:
-  """What decides the samples, as it stands in sampling.json.
-
-  Under "about" is what only tells where they come from.
-  """
-  sampler = json.loads(weights.config.sampler.to_json_best_effort())
-  sampler.pop("num_grid", None)
-  config = json.loads(weights.config.to_json_best_effort())
-  config_hash = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-  is_edm = weights.config.diffusion.kind == "edm"
-  return {
-    "weights_sha256": hash_tree(weights.params),
-    "step": weights.step,
-    "ema": weights.ema,
-    "seed": seed,
-    "labels": labels,
-    "sampler": sampler,
-    "dtype": weights.config.model.dtype,
-    "matmul_precision": weights.config.matmul_precision,
-    "vae": codec.hash if codec else None,
-    "about": {
-      "config": weights.config.name,
-      "data": weights.config.data.name,
-      "num_classes": weights.config.model.num_classes,
-      "config_sha256": config_hash.hexdigest(),
-      "source": weights.source,
-      "uint8_rule": "edm" if is_edm else "adm",  # of `pictures`
-      "vae_source": codec.source if codec else None,
-      "jax": jax.__version__,
-      "device": jax.devices()[0].device_kind,
-    },
-  }
-
-
-def hash_tree(tree) -> str:
-  """SHA-256 over names and bytes of all leaves, in order of name."""
-  digest = hashlib.sha256()
-  flat = traverse_util.flatten_dict(dict(tree), sep="/")
-  for name in sorted(flat):
-    digest.update(name.encode())
-    digest.update(np.ascontiguousarray(jax.device_get(flat[name])).data)
-  return digest.hexdigest()
 
 
 def _begin(output: Output, settings: dict) -> None:

@@ -5,6 +5,7 @@ from ml_collections import config_dict
 from diffit_jax import models, ranges
 from diffit_jax.diffusion import precond
 from diffit_jax.errors import UserError
+from diffit_jax.evaluation.metrics import table
 from diffit_jax.run import ema
 from diffit_jax.run.checkpoint import BEST_BY
 
@@ -97,7 +98,7 @@ def _check_rest(config: config_dict.ConfigDict) -> None:
     )
   distances = ()
   if config.get("evaluate_every_steps"):
-    distances = filter(_is_distance, config.evaluation.metrics)
+    distances = filter(table.is_distance, config.evaluation.metrics)
   allowed = sorted((*BEST_BY, *distances))
   if config.keep_best_by not in ("", *allowed):
     raise UserError(
@@ -105,8 +106,3 @@ def _check_rest(config: config_dict.ConfigDict) -> None:
       " keep no best checkpoint; a distance, as fid, needs evaluate_every_steps"
       " and must be among evaluation.metrics"
     )
-
-
-def _is_distance(metric: str) -> bool:
-  """Whether less of it is better."""
-  return metric.startswith(("fid", "sfid", "kid", "frechet", "kernel"))

@@ -13,7 +13,7 @@ import commands
 from configs import digits, digits_latent, imagenet256
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import card, in_loop
-from diffit_jax.evaluation.samples import sample_shape
+from diffit_jax.evaluation.sets.network_samples import sample_shape
 from diffit_jax.run import checkpoint
 from diffit_jax.stop import Stopped
 from diffit_jax.training import loop
@@ -31,7 +31,7 @@ def small(**fields):
 
 def train(config, workdir, data_dir, num_devices=1) -> None:
   make_evaluator = functools.partial(
-    in_loop.Evaluator, directory=workdir, inception=None, data_dir=data_dir
+    in_loop.RunScorer, directory=workdir, inception=None, data_dir=data_dir
   )
   devices = jax.devices()[:num_devices]
   loop.train(
@@ -95,7 +95,7 @@ def test_sharded_weights_score_as_whole_ones(run, data_dir, tmp_path):
 @contextlib.contextmanager
 def stopping_at(step: int):
   """SIGTERM comes while the step is scored."""
-  real, came = in_loop.Evaluator._score, []
+  real, came = in_loop.RunScorer._score, []
 
   def score(self, loaded):
     if loaded.step != step:
@@ -107,7 +107,7 @@ def stopping_at(step: int):
     self.requested = bool(came)
 
   with (
-    mock.patch.object(in_loop.Evaluator, "_score", score),
+    mock.patch.object(in_loop.RunScorer, "_score", score),
     mock.patch.object(loop.StopRequest, "at_step", at_step),
   ):
     yield
@@ -139,10 +139,10 @@ def test_the_best_by_distance_stays(data_dir, tmp_path):
     self.folder.mkdir(exist_ok=True)
     text = dict.fromkeys(card._PARTS, {}) | {"metrics": found}
     text["num_samples"] = self._num
-    self._card(loaded.step).write_text(json.dumps(text))
+    self._card_path(loaded.step).write_text(json.dumps(text))
     return {"metrics": found}
 
-  with mock.patch.object(in_loop.Evaluator, "_score", score):
+  with mock.patch.object(in_loop.RunScorer, "_score", score):
     for total in (3, 5):
       config = small(
         total_steps=total,
@@ -169,14 +169,14 @@ def test_the_best_by_distance_stays(data_dir, tmp_path):
 def test_a_card_of_another_measure_is_no_score(
   metrics, num, expected, tmp_path
 ):
-  """As of an earlier start, before config.evaluation was changed."""
-  evaluator = in_loop.Evaluator.__new__(in_loop.Evaluator)
-  evaluator.folder = tmp_path
-  evaluator._num, evaluator._metrics = 20, ("frechet_digits",)
+  """A card of an earlier start, before config.evaluation was changed."""
+  scorer = in_loop.RunScorer.__new__(in_loop.RunScorer)
+  scorer.folder = tmp_path
+  scorer._num, scorer._metrics = 20, ("frechet_digits",)
   found = dict.fromkeys(card._PARTS, {}) | {"metrics": metrics}
-  card.write(evaluator._card(3), found | {"num_samples": num})
-  assert evaluator.find(3) == expected
-  assert evaluator.find(4) == {}
+  card.write(scorer._card_path(3), found | {"num_samples": num})
+  assert scorer.find(3) == expected
+  assert scorer.find(4) == {}
 
 
 def test_mistakes_show_before_training(data_dir, tmp_path):

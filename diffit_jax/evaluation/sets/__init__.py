@@ -1,0 +1,1 @@
+"""What is compared: sets of images, samples, references, their classes."""
