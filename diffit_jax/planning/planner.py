@@ -16,6 +16,8 @@ from diffit_jax.planning import roofline as roofline_lib
 from diffit_jax.planning import traffic as traffic_lib
 from diffit_jax.planning.topology import Topology
 
+REMATS = ("none", "dots", "full")  # from the fewest FLOPs to the most
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -96,6 +98,25 @@ def changed(
   config = config.copy_and_resolve_references()
   config.update_from_flattened_dict(fields)
   return config
+
+
+def try_fields(plan: Plan, fields: dict, devices: Sequence) -> tuple[bool, int]:
+  """(whether the config fits with these fields, bytes per chip)."""
+  step = aot.trace(changed(plan.config, fields), devices)
+  compiled = aot.compile_step(step, plan.memory.available)
+  memory = compiled.memory
+  logging.info(
+    "%s: %.2f GiB per chip, %s",
+    as_flags(fields),
+    memory.total / 2**30,
+    "fits" if compiled.fits else "too much",
+  )
+  return compiled.fits, memory.total
+
+
+def as_flags(fields: dict) -> str:
+  """Fields as flags."""
+  return " ".join(f"--config.{name}={value}" for name, value in fields.items())
 
 
 def _read_program(plan: Plan, text: str) -> Plan:

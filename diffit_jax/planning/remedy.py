@@ -7,14 +7,12 @@ any compilation.
 from collections.abc import Iterator, Sequence
 import dataclasses
 
-from absl import logging
 from ml_collections import config_dict
 
-from diffit_jax.planning import aot, planner
+from diffit_jax.planning import planner
 from diffit_jax.planning.planner import Plan
 
 _GIB = 2**30
-REMATS = ("none", "dots", "full")  # from the fewest FLOPs to the most
 _MAX_FSDP = 16  # with more, gathering weights costs more than it saves
 
 
@@ -45,7 +43,7 @@ def find(plan: Plan, devices: Sequence) -> list[Trial]:
   """
   trials = []
   for fields in remedies(plan.config, plan.mesh, plan.topology.num_slices):
-    fits, total = try_fields(plan, fields, devices)
+    fits, total = planner.try_fields(plan, fields, devices)
     trials.append(Trial(fields, fits, total))
     if fits:
       break
@@ -64,7 +62,7 @@ def remedies(
   if mesh["fsdp"] < fsdp:
     sharded = {"mesh.data": -1, "mesh.fsdp": fsdp}
     yield sharded
-  stronger = REMATS[REMATS.index(config.model.remat) + 1 :]
+  stronger = planner.REMATS[planner.REMATS.index(config.model.remat) + 1 :]
   for remat in stronger:
     yield {"model.remat": remat}
   if sharded:
@@ -75,25 +73,6 @@ def remedies(
   for more in (2, 4, 8, 16):
     if per_chip % (parts * more) == 0:
       yield best | {"num_microbatches": parts * more}
-
-
-def try_fields(plan: Plan, fields: dict, devices: Sequence) -> tuple[bool, int]:
-  """(whether the config fits with these fields, bytes per chip)."""
-  step = aot.trace(planner.changed(plan.config, fields), devices)
-  compiled = aot.compile_step(step, plan.memory.available)
-  memory = compiled.memory
-  logging.info(
-    "%s: %.2f GiB per chip, %s",
-    describe(fields),
-    memory.total / _GIB,
-    "fits" if compiled.fits else "too much",
-  )
-  return compiled.fits, memory.total
-
-
-def describe(fields: dict) -> str:
-  """Fields as flags."""
-  return " ".join(f"--config.{name}={value}" for name, value in fields.items())
 
 
 def to_json(trials: list[Trial]) -> dict:
@@ -119,8 +98,8 @@ def to_text(trials: list[Trial]) -> str:
     verdict = "fits" if trial.fits else "too much"
     at_least = "" if trial.fits else "at least "
     lines.append(
-      f"  {describe(trial.fields)}: {at_least}{trial.total / _GIB:.2f} GiB,"
-      f" {verdict}"
+      f"  {planner.as_flags(trial.fields)}:"
+      f" {at_least}{trial.total / _GIB:.2f} GiB, {verdict}"
     )
   if trials and trials[-1].fits:
     return "\n".join(["it fits with (each was compiled):", *lines])

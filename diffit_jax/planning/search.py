@@ -5,7 +5,7 @@ import dataclasses
 
 from absl import logging
 
-from diffit_jax.planning import aot, planner, remedy
+from diffit_jax.planning import aot, planner
 from diffit_jax.planning.planner import Plan
 
 _GIB = 2**30
@@ -37,13 +37,13 @@ def search(plan: Plan, devices: Sequence) -> list[Largest]:
   config, chips = plan.config, plan.topology.num_chips
   unit = config.num_microbatches
   results = []
-  for remat in remedy.REMATS:
+  for remat in planner.REMATS:
     logging.info("searching the largest batch with remat %s", remat)
     known: dict[int, tuple[bool, int]] = {}
 
     def probe(size: int, remat=remat, known=known) -> tuple[bool, int]:
       fields = {"model.remat": remat, "batch_size": size * unit * chips}
-      known[size] = remedy.try_fields(plan, fields, devices)
+      known[size] = planner.try_fields(plan, fields, devices)
       return known[size]
 
     start = max(config.batch_size // (chips * unit), 1)

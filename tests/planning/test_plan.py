@@ -203,12 +203,12 @@ def test_remedies_go_from_cheap_to_costly(monkeypatch, tpu_plan):
     sharded | full | {"num_microbatches": 4},
   ]
   fit = lambda plan, fields, devices: ("mesh.fsdp" in fields, 10 * 2**30)
-  monkeypatch.setattr(remedy, "try_fields", fit)
+  monkeypatch.setattr(planner, "try_fields", fit)
   trials = remedy.find(plan, [])
   assert [trial.fields for trial in trials] == [sharded]
   text = remedy.to_text(trials)
   assert "--config.mesh.fsdp=16: 10.00 GiB, fits" in text
-  monkeypatch.setattr(remedy, "try_fields", lambda *_: (False, 20 * 2**30))
+  monkeypatch.setattr(planner, "try_fields", lambda *_: (False, 20 * 2**30))
   trials = remedy.find(plan, [])
   assert len(trials) == 7 and "more chips" in remedy.to_text(trials)
   assert remedy.to_json(trials)["found"] is None
@@ -237,7 +237,7 @@ def test_search_over_remat_policies(monkeypatch, tpu_plan):
     total = 14.75 + each[fields["model.remat"]] * fields["batch_size"] / 16
     return total <= 15.75, int(total * gib)
 
-  monkeypatch.setattr(remedy, "try_fields", fit)
+  monkeypatch.setattr(planner, "try_fields", fit)
   devices = topology.devices(topology.parse("cpu:1"))
   big = small_config(batch_size=16 * 100)
   plan = dataclasses.replace(tpu_plan, config=big)
