@@ -12,7 +12,7 @@ from configs import common, digits
 from diffit_jax import cli, ranges
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import sweep
-from diffit_jax.generation.generator import SamplerOptions
+from diffit_jax.generation.options import SamplerOptions
 from diffit_jax.models import NETWORKS
 from diffit_jax.training import program
 

@@ -23,6 +23,7 @@ from diffit_jax.evaluation.classes import Classes
 from diffit_jax.evaluation.guard import Guard
 from diffit_jax.evaluation.image_set import Images, choose_subset
 from diffit_jax.generation import generator, job
+from diffit_jax.generation.labels import choose_labels
 from diffit_jax.generation.weights import Weights
 
 _SEED = 1  # of subsets; the reference's own subset has the seed 0
@@ -104,7 +105,7 @@ class NetworkSamples:
       model: the network.
       mesh: of the devices.
       seed: sample i depends on (seed, i).
-      labels: see `generator.choose_labels`.
+      labels: see `choose_labels`.
       codec: decodes the latents of a latent model.
       class_names: of the classes 0, 1, ...; None where they are not known.
 
@@ -114,7 +115,7 @@ class NetworkSamples:
     config = weights.config
     self.shape = sample_shape(config, codec)
     self._generate = generator.make_generator(model, config, mesh, codec)
-    self._choose_labels = lambda index: generator.choose_labels(
+    self._choose_labels = lambda index: choose_labels(
       index, seed, model.num_classes, labels
     )
     self._num_classes, self._class_names = model.num_classes, class_names

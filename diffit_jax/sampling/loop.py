@@ -69,6 +69,11 @@ class Solver:
   def num_evaluations(self) -> int:
     return len(self.levels)
 
+  def num_skipped(self, skip: Skip) -> int:
+    """How many of a run's evaluations the plain denoiser makes."""
+    runs = stretches(self, skip)
+    return sum(stop - start for start, stop, skipped in runs if skipped)
+
 
 def run(
   denoiser: Denoiser,
@@ -81,6 +86,11 @@ def run(
   skip: Skip | None = None,
 ) -> jax.Array:
   """Runs (1) over all evaluations; arguments as in `sampling.sample`."""
+  noise = jnp.asarray(noise)
+  if noise.ndim != 4 or not jnp.issubdtype(noise.dtype, jnp.floating):
+    raise UserError(
+      f"noise must be [b, h, w, c] floats, not {noise.dtype} {noise.shape}"
+    )
   if (plain is None) != (skip is None):
     raise UserError("plain and skip belong together: give both or neither")
   dtype = noise.dtype

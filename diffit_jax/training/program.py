@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from diffit_jax import models, ranges
-from diffit_jax.diffusion import precond
+from diffit_jax.diffusion import kinds
 from diffit_jax.environment import PRNG
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import mesh as mesh_lib
@@ -26,12 +26,6 @@ from diffit_jax.run.state import (
 )
 from diffit_jax.training import attention_probe, cost, objective, step
 from diffit_jax.training.optimizer import make_optimizer
-
-# Fields of config.diffusion that only one kind reads.
-DIFFUSIONS = {
-  "edm": ("precond", "sigma_data", "P_mean", "P_std", "augment_prob"),
-  "adm": ("num_steps",),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,21 +86,17 @@ def build(
 
 def make_loss(
   model: nn.Module, config: config_dict.ConfigDict, mesh: Mesh
-) -> objective.Loss:
+) -> step.Loss:
   """The run's loss with every array kept in its place on the mesh."""
   placed = model.clone(
     constrain=sharding.constrain_batch(mesh),
     map_params=sharding.gather(mesh, model.dtype),
   )
-  if config.diffusion.kind == "edm":
-    loss = objective.edm_loss(placed, config.diffusion)
-  else:
-    scaling_factor = config.autoencoder.scaling_factor
-    loss = objective.adm_loss(placed, config.diffusion, scaling_factor)
+  made = objective.make(placed, config)
 
   def gathered_loss(params, batch, key):
     params = sharding.gather_outside_blocks(mesh, params)
-    return loss(params, batch, key)
+    return made.losses(params, batch, made.draws(key, batch))
 
   return gathered_loss
 
@@ -125,20 +115,8 @@ def check_consistent(config: config_dict.ConfigDict) -> None:
   """Refuses fields out of range, and those that do not go together."""
   ranges.check(config)
   model, diffusion = config.model, config.diffusion
-  if diffusion.kind not in DIFFUSIONS:
-    raise UserError(
-      f"diffusion.kind={diffusion.kind!r}: use one of {tuple(DIFFUSIONS)}"
-    )
-  for kind, fields in DIFFUSIONS.items():
-    found = [f for f in fields if kind != diffusion.kind and diffusion.get(f)]
-    if found:
-      raise UserError(
-        f"diffusion.{found[0]}={diffusion[found[0]]!r} is for"
-        f" diffusion.kind={kind!r}, and this is {diffusion.kind!r}: leave it"
-        " out"
-      )
-  if diffusion.kind == "edm":
-    precond.make(diffusion)  # refuses what it does not know
+  kinds.check_fields(diffusion)
+  kinds.make(diffusion)  # refuses what it does not know
   names = tuple(models.NETWORKS[diffusion.kind])
   if model.name not in names:
     raise UserError(
@@ -236,11 +214,11 @@ def batch_shapes(config: config_dict.ConfigDict) -> dict:
     "label": jax.ShapeDtypeStruct((b,), jnp.int32),
     "index": jax.ShapeDtypeStruct((b,), jnp.uint32),
   }
-  if config.diffusion.kind == "edm":
-    image = (b, side, side, channels)
-    return batch | {"image": jax.ShapeDtypeStruct(image, jnp.uint8)}
-  moments = (b, side, side, 2 * channels)
-  return batch | {"moments": jax.ShapeDtypeStruct(moments, jnp.float32)}
+  if kinds.is_latent(config):
+    moments = (b, side, side, 2 * channels)
+    return batch | {"moments": jax.ShapeDtypeStruct(moments, jnp.float32)}
+  image = (b, side, side, channels)
+  return batch | {"image": jax.ShapeDtypeStruct(image, jnp.uint8)}
 
 
 def step_arguments(config: config_dict.ConfigDict, program: Program) -> tuple:
