@@ -67,7 +67,7 @@ def test_the_trajectory_is_the_samplers():
   denoiser = lambda x, sigma: (
     0.25 * x / (sigma[:, None, None, None] ** 2 + 0.25)
   )
-  solver = sampling.SOLVERS["edm_heun"](18)
+  solver = sampling.make_solver("edm_heun", 18)
   states = list(
     attention_maps.trajectory(denoiser, solver, jax.random.key(0), (2, 3, 3, 1))
   )

@@ -71,8 +71,7 @@ class Solver:
 
   def num_skipped(self, skip: Skip) -> int:
     """How many of a run's evaluations the plain denoiser makes."""
-    runs = stretches(self, skip)
-    return sum(stop - start for start, stop, skipped in runs if skipped)
+    return sum(j - i for i, j, skipped in stretches(self, skip) if skipped)
 
 
 def run(

@@ -10,15 +10,12 @@ augmentation, noise level, noise and label drop on any number of devices.
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
 from diffit_jax.diffusion import augment, kinds
-
-Draws = dict[str, Any]  # arrays, some in a dict of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +32,13 @@ class Images:
     """[h, w, c] of a sample."""
     return batch["image"].shape[1:]
 
-  def draws(self, keys: jax.Array, batch: dict) -> Draws:
+  def draws(self, keys: jax.Array, batch: dict) -> dict:
     """`augment`, as `augment.draw` gives it, where images are augmented."""
     if not self.augment_prob:
       return {}
     return {"augment": augment.draw_keys(keys, self.augment_prob)}
 
-  def clean(self, batch: dict, draws: Draws) -> tuple[jax.Array, dict]:
+  def clean(self, batch: dict, draws: dict) -> tuple[jax.Array, dict]:
     """(images in [-1, 1], what else the network is told)."""
     y = batch["image"].astype(jnp.float32) / 127.5 - 1
     if "augment" not in draws:
@@ -67,11 +64,11 @@ class Latents:
     *shape, channels = batch["moments"].shape[1:]
     return (*shape, channels // 2)
 
-  def draws(self, keys: jax.Array, batch: dict) -> Draws:
+  def draws(self, keys: jax.Array, batch: dict) -> dict:
     """`posterior_noise`, unit normal [b, h, w, c]."""
     return {"posterior_noise": normal(keys, self.shape(batch))}
 
-  def clean(self, batch: dict, draws: Draws) -> tuple[jax.Array, dict]:
+  def clean(self, batch: dict, draws: dict) -> tuple[jax.Array, dict]:
     """(latents, what else the network is told)."""
     moments = batch["moments"].astype(jnp.float32)
     mean, log_variance = jnp.split(moments, 2, axis=-1)
@@ -95,7 +92,7 @@ class Objective:
   data: Images | Latents
   label_drop_prob: float
 
-  def draws(self, step_key: jax.Array, batch: dict[str, jax.Array]) -> Draws:
+  def draws(self, step_key: jax.Array, batch: dict[str, jax.Array]) -> dict:
     """All random draws of a step.
 
     Args:
@@ -120,7 +117,7 @@ class Objective:
     return draws
 
   def losses(
-    self, params, batch: dict[str, jax.Array], draws: Draws
+    self, params, batch: dict[str, jax.Array], draws: dict
   ) -> jax.Array:
     """[b] float32 losses of a batch, given the draws."""
     y, told = self.data.clean(batch, draws)
@@ -155,7 +152,8 @@ def make(
   data = Latents(scaling_factor)
   if scaling_factor is None:
     data = Images(section.get("augment_prob", 0.0))
-  return Objective(model, kinds.make(section), data, section["label_drop_prob"])
+  drop_prob = section.get("label_drop_prob", 0.0)
+  return Objective(model, kinds.make(section), data, drop_prob)
 
 
 def sample_keys(step_key: jax.Array, index: jax.Array, num: int) -> jax.Array:
