@@ -274,8 +274,7 @@ def interpolate_log_variance(v, log_beta, posterior_log_variance):
 
 def _at(table: np.ndarray, t: jax.Array, like: jax.Array) -> jax.Array:
   """Entries t [b] of a table as [b, 1, 1, 1], NaN beyond its end."""
-  values = jnp.asarray(table, like.dtype).at[t].get(mode="fill")
-  return per_sample(values)
+  return per_sample(jnp.asarray(table, like.dtype).at[t].get(mode="fill"))
 
 
 def _mean_per_sample(x: jax.Array) -> jax.Array:

@@ -92,8 +92,7 @@ def run(
     )
   if (plain is None) != (skip is None):
     raise UserError("plain and skip belong together: give both or neither")
-  dtype = noise.dtype
-  batch = noise.shape[0]
+  batch, dtype = len(noise), noise.dtype
   draw = _drawer(solver, noise, keys, step_noise)
   rows = {
     name: jnp.asarray(

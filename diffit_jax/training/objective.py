@@ -124,12 +124,9 @@ class Objective:
     if "dropout_key" in draws:
       told["sample_index"] = batch["index"]
       told["rngs"] = {"dropout": draws["dropout_key"]}
-
-    def network(x, level):
-      return self.model.apply(
-        {"params": params}, x, level, draws["labels"], **told
-      )
-
+    network = lambda x, level: self.model.apply(
+      {"params": params}, x, level, draws["labels"], **told
+    )
     level = draws[self.diffusion.level]
     return self.diffusion.train_losses(network, y, level, draws["noise"])
 
