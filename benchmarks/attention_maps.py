@@ -27,9 +27,11 @@ from ml_collections import config_dict
 import numpy as np
 
 from diffit_jax import cli, models, paths, sampling
-from diffit_jax.diffusion import guidance
+from diffit_jax.diffusion import kinds
 from diffit_jax.environment import PRNG
 from diffit_jax.generation import generator, weights
+from diffit_jax.generation.labels import choose_labels
+from diffit_jax.generation.options import SamplerOptions
 from diffit_jax.models import attention, latent
 from diffit_jax.parallel.mesh import make_mesh
 from diffit_jax.sampling.loop import Denoiser, Solver
@@ -84,20 +86,17 @@ def follow(
   config, params = loaded.config, loaded.params
   model = models.make_model(config.model)
   if model.num_classes:
-    labels = generator.choose_labels(
+    labels = choose_labels(
       np.arange(num),
       seed,
       model.num_classes,
       labels or f"0-{model.num_classes - 1}",
     )
-  options = generator.SamplerOptions.from_config(config)
-  denoiser = guidance.guided(
-    generator.make_network(model, params, config),
-    labels,
-    model.num_classes,
-    **options.cfg,
+  options = SamplerOptions.from_config(config)
+  denoiser = options.guidance.denoiser(
+    generator.make_network(model, params, config), labels, model.num_classes
   )
-  solver = sampling.SOLVERS[options.solver](**options.solver_options)
+  solver = sampling.make_solver(options.solver, **options.solver_options)
   shape = (num, *[config.data.resolution] * 2, model.channels)
   key = jax.random.key(seed, impl=PRNG)
   states = list(trajectory(jax.jit(denoiser), solver, key, shape))
@@ -146,14 +145,14 @@ def attention_weights(
       params = latent.unstack_blocks(params)
     found = {}
 
-    def apply(x, level, labels):
+    def network(x, level):
       out, left = model.apply(
         {"params": params}, x, level, labels, mutable=["intermediates"]
       )
       found.update(_flatten(left["intermediates"]))
       return out
 
-    generator.make_denoiser(apply, config)(x, level, labels)
+    kinds.make(config.diffusion).denoise(network, x, level)
     return {
       name: attention.attention_weights(*inputs)
       for name, inputs in found.items()

@@ -25,9 +25,10 @@ from diffit_jax import cli, demo, models, sampling
 from diffit_jax.autoencoder.codec import make_codec
 from diffit_jax.data import preparation
 from diffit_jax.data.builders import digits
-from diffit_jax.diffusion import guidance
+from diffit_jax.diffusion.guidance import Guidance
 from diffit_jax.environment import PRNG
 from diffit_jax.generation import generator, weights
+from diffit_jax.generation.options import SamplerOptions
 from diffit_jax.parallel.mesh import make_mesh
 from diffit_jax.pictures import to_uint8
 from diffit_jax.run.checkpoint import list_steps
@@ -45,7 +46,7 @@ _PLOT = cli.define_path(
 TRAIN_STEPS = {"digits_latent": 600, "digits": 200}  # a minute or so each
 
 # The paper's sampler (configs/imagenet256.py).
-PRESET = dict(scale=4.4, schedule="power_cosine", power=4.0, channels=3)
+PRESET = Guidance(4.4, schedule="power_cosine", power=4.0, channels=3)
 TOLERANCES = (0.0, 1e-4, 1e-3, 3e-3, 6e-3, 1e-2)
 SHORT_TOLERANCES = (0.0, 1e-3, 6e-3)
 # name -> (solver, its options)
@@ -79,7 +80,9 @@ class Model:
     noise = jax.random.normal(key, (num, side, side, channels))
     return cls(loaded, noise, jnp.arange(num) % config.data.num_classes)
 
-  def sampler(self, solver: str, steps: int, cfg: dict, skip=None, **options):
+  def sampler(
+    self, solver: str, steps: int, cfg: Guidance, skip=None, **options
+  ):
     """A jitted () -> images [n, h, w, 3] in [-1, 1]."""
     config = self.loaded.config
     model = models.make_model(config.model)
@@ -88,16 +91,14 @@ class Model:
     def run(params, noise, labels, keys):
       with jax.default_matmul_precision(config.matmul_precision):
         network = generator.make_network(model, params, config)
-        guided = functools.partial(
-          guidance.guided, network, labels, model.num_classes
-        )
+        guided = lambda cfg: cfg.denoiser(network, labels, model.num_classes)
         x = sampling.sample(
-          guided(**cfg),
+          guided(cfg),
           solver,
           noise,
           steps=steps,
           keys=keys,
-          plain=guided(scale=1) if skip else None,
+          plain=guided(Guidance()) if skip else None,
           skip=skip,
           **options,
         )
@@ -125,13 +126,12 @@ def ensure_trained(name: str, workdir: str) -> None:
 
 def guidance_table(model: Model, tolerances, turns: int) -> report.Table:
   """The paper's 250 steps, always guided and where guidance matters."""
-  rule = {name: PRESET[name] for name in ("scale", "schedule", "power")}
   runs = {"always": model.sampler("ddpm", 250, PRESET)}
   skipped = {"always": 0}
   for tolerance in tolerances:
-    skip = functools.partial(guidance.skippable, tolerance=tolerance, **rule)
+    skip = dataclasses.replace(PRESET, tolerance=tolerance).skippable
     runs[tolerance] = model.sampler("ddpm", 250, PRESET, skip)
-    skipped[tolerance] = sampling.num_skipped("ddpm", 250, skip)
+    skipped[tolerance] = sampling.make_solver("ddpm", 250).num_skipped(skip)
   pixels = lambda images: np.asarray(images) / 2  # a range of 1
   whole = pixels(runs["always"]())
   off = {n: np.abs(pixels(run()) - whole).max() for n, run in runs.items()}
@@ -159,7 +159,7 @@ def guidance_table(model: Model, tolerances, turns: int) -> report.Table:
     f" guidance_tolerance={best[next(iter(best))]}."
   )
   return report.Table(
-    f"250 DDPM steps, power-cosine guidance up to {PRESET['scale']},"
+    f"250 DDPM steps, power-cosine guidance up to {PRESET.scale},"
     f" {len(model.noise)} samples",
     rows,
     [note],
@@ -176,7 +176,9 @@ def curve(model: Model, name: str, solver: str, options, steps, cfg, reference):
       {
         "solver": name,
         "steps": n,
-        "evaluations": sampling.num_evaluations(solver, n, **options),
+        "evaluations": sampling.make_solver(
+          solver, n, **options
+        ).num_evaluations,
         "rms distance": float(np.sqrt(np.mean(off**2))),
         "largest": float(np.abs(off).max()),
         "recognised": model.recognised(images),
@@ -190,8 +192,8 @@ def latent_table(model: Model, steps) -> report.Table:
 
   The reference takes all 1,000 steps with the solver whose order is highest.
   """
-  options = generator.SamplerOptions.from_config(model.loaded.config)
-  cfg = options.cfg
+  options = SamplerOptions.from_config(model.loaded.config)
+  cfg = options.guidance
   run = model.sampler("unipc", LAST, cfg, order=3, spacing="uniform")
   reference = np.asarray(run())
   rows = []
@@ -221,7 +223,7 @@ def latent_table(model: Model, steps) -> report.Table:
 
 
 def image_table(model: Model, steps) -> report.Table:
-  cfg = {"scale": 1}
+  cfg = Guidance()
   reference = np.asarray(model.sampler("edm_heun", LAST, cfg)())
   rows = curve(model, "edm_heun", "edm_heun", {}, steps, cfg, reference)
   churned = curve(

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from benchmarks import report, worker
 from diffit_jax import interop
-from diffit_jax.diffusion import adm, precond
+from diffit_jax.diffusion import kinds
 from diffit_jax.environment import PRNG
 from diffit_jax.models import latent
 from diffit_jax.run import state as state_lib
@@ -76,9 +76,8 @@ class Network:
     self.config = module.get_config(variant or None)
     self.config.update_from_flattened_dict(fields)
     self.program = program_lib.build(self.config)
-    self.is_latent = self.config.diffusion.kind == "adm"
-    if not self.is_latent:
-      self.process = precond.make(self.config.diffusion)
+    self.is_latent = kinds.is_latent(self.config)
+    self.diffusion = kinds.make(self.config.diffusion)
     self.state = self.params = None
     self.forward_pass = jax.jit(self._forward)
     self.gradient = jax.jit(jax.value_and_grad(self._drawn_loss))
@@ -122,24 +121,17 @@ class Network:
   def _forward(self, params, inputs):
     if self.is_latent:
       return self._apply(params, inputs["x"], inputs["t"], inputs)
-    *_, c_noise = self.process.coefficients(inputs["sigma"])
+    *_, c_noise = self.diffusion.coefficients(inputs["sigma"])
     return self._apply(params, inputs["x"], c_noise, inputs)
 
   def _given_losses(self, params, inputs):
     """[b] losses with given draws and without dropout."""
-    x, noise = inputs["x"], inputs["noise"]
-    if self.is_latent:
-      schedule, t = adm.make_schedule(), inputs["t"]
-      x_t = schedule.q_sample(x, t, noise)
-      out = self._apply(params, x_t, t, inputs)
-      return schedule.losses(out, x, t, noise)["loss"]
-    sigma = inputs["sigma"]
-    D = self.process.denoise(
-      lambda x, c_noise: self._apply(params, x, c_noise, inputs),
-      x + sigma[:, None, None, None] * noise,
-      sigma,
+    return self.diffusion.train_losses(
+      lambda x, level: self._apply(params, x, level, inputs),
+      inputs["x"],
+      inputs[self.diffusion.level],
+      inputs["noise"],
     )
-    return self.process.loss(D, x, sigma)
 
   def _batch(self) -> dict[str, np.ndarray]:
     """A batch as the pipeline gives it, of noise."""
@@ -159,14 +151,10 @@ class Network:
 
   def _drawn_loss(self, params, batch):
     """The train step's loss, on no mesh."""
-    config, model = self.config, self.program.model
-    if self.is_latent:
-      scaling_factor = config.autoencoder.scaling_factor
-      loss = objective.adm_loss(model, config.diffusion, scaling_factor)
-    else:
-      loss = objective.edm_loss(model, config.diffusion)
-    with jax.default_matmul_precision(config.matmul_precision):
-      return loss(params, batch, jax.random.key(0, impl=PRNG)).mean()
+    made = objective.make(self.program.model, self.config)
+    draws = made.draws(jax.random.key(0, impl=PRNG), batch)
+    with jax.default_matmul_precision(self.config.matmul_precision):
+      return made.losses(params, batch, draws).mean()
 
   def _kept_bytes(self) -> int:
     """What the backward pass finds saved, parameters left out."""

@@ -1,6 +1,7 @@
-"""CIFAR-10, DDPM++ and NCSN++ with and without TMSA (DiffiT Table 5).
+"""CIFAR-10, a variation of cifar10: DDPM++ and NCSN++, with TMSA or without.
 
   paper's FID   DDPM++, VP: 3.01, with TMSA 2.76; NCSN++, VE: 3.77, with 3.49
+                (DiffiT Table 5)
   ours          not yet run
   network       61.8 M (DDPM++) or 62.8 M parameters, levels 32/16/8/4
 
@@ -20,27 +21,30 @@ Variants, after a colon and separated by commas:
   debug            the same path with a small network and a few steps
 """
 
+from typing import Literal
+
 from ml_collections import config_dict
 
 from configs import cifar10, common
 
 
 def get_config(arg: str | None = None) -> config_dict.ConfigDict:
-  variant = common.parse_arg(
-    arg,
-    network=("ddpmpp", "ncsnpp"),
-    tmsa=(False, True),
-    precision=("paper", "bf16"),
-    debug=(False, True),
-  )
-  is_vp = variant.network == "ddpmpp"
-  config = cifar10.get_config(
-    f"precision={variant.precision}" + (",debug" if variant.debug else "")
-  )
-  config.name = common.run_name("cifar10_song", arg)
+  return common.resolve(base, arg)
+
+
+def base(
+  *,
+  network: Literal["ddpmpp", "ncsnpp"] = "ddpmpp",
+  tmsa: bool = False,
+  precision: common.Precision = "paper",
+  debug: bool = False,
+) -> config_dict.ConfigDict:
+  is_vp = network == "ddpmpp"
+  config = cifar10.base(precision=precision, debug=debug)
+  config.name = "cifar10_song"
   config.data.flip = True
 
-  base = config.model
+  dtype = config.model.dtype
   config.model = config_dict.ConfigDict()
   config.model.name = "song_unet"
   config.model.channels = 3
@@ -49,11 +53,11 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.model.num_blocks = 4  # per level; the decoder has one more
   config.model.attention_sides = (16,)  # of the maps with attention
   config.model.pyramid = not is_vp  # NCSN++
-  config.model.tmsa = variant.tmsa  # time in the attention
+  config.model.tmsa = tmsa  # time in the attention
   config.model.num_classes = 0  # 0 is unconditional
   config.model.augment_dim = 0  # nothing is augmented
   config.model.dropout = 0.1  # rate in each block
-  config.model.dtype = base.dtype
+  config.model.dtype = dtype
   config.model.remat = "none"  # none, dots or full: what backward recomputes
 
   config.diffusion.precond = "vp" if is_vp else "ve"
@@ -69,7 +73,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
 
   if not is_vp:
     config.sampler.solver_options = "sigma_min=0.02"  # the least VE has seen
-  if variant.debug:
+  if debug:
     config.model.base_channels = 16
     config.model.channel_mult = (1, 2)
     config.model.num_blocks = 1

@@ -1,72 +1,66 @@
-"""Reading a config's argument string, as in --config=configs/X.py:debug,a=2."""
+"""Variants of a config, as in --config=configs/X.py:debug,window=2.
 
-import types
+A config file has a function `base` whose keyword arguments are its variants.
+The annotation of each lists its values, the default first: a `Literal`, or bool
+for a switch. Other configs call `base` with values, the command line with text.
+"""
+
+from collections.abc import Callable
+import inspect
+from typing import Any, Literal, get_args
 
 from ml_collections import config_dict
 
+Precision = Literal["paper", "bf16"]
+Averages = Literal["one", "power"]
+# What the paper's tables change in the image-space network.
+TimeIn = Literal["tmsa", "rpb_time", "mlp_time", "separate", "plain"]
+Embedding = Literal["positional", "fourier"]
 
-def parse_arg(arg: str | None, **variants: tuple) -> types.SimpleNamespace:
-  """Values of a config's variants.
+
+def resolve(
+  base: Callable[..., config_dict.ConfigDict], arg: str | None
+) -> config_dict.ConfigDict:
+  """The config of an argument string; the variants become part of its name.
 
   Args:
+    base: the function of the config file.
     arg: comma-separated `name=value`, or `name` alone for a switch.
-    **variants: {name: allowed values}, the first being the default; a switch is
-      (False, True).
 
   Raises:
     ValueError: an unknown variant or value, naming the valid ones.
   """
-  values = {name: allowed[0] for name, allowed in variants.items()}
-  for item in filter(None, (arg or "").split(",")):
-    name, _, text = item.partition("=")
-    if name not in variants:
-      raise ValueError(
-        f"unknown variant {name!r} in the config's argument string: valid are"
-        f" {_describe(variants)}"
-      )
-    match = [v for v in variants[name] if str(v) == (text or "True")]
-    if not match:
-      raise ValueError(
-        f"variant {item!r} in the config's argument string: use"
-        f" {_describe({name: variants[name]})}"
-      )
-    values[name] = match[0]
-  return types.SimpleNamespace(**values)
+  items = [*filter(None, (arg or "").split(","))]
+  config = base(**dict(_parse(item, variants(base)) for item in items))
+  config.name = "-".join([config.name, *items])
+  return config
 
 
-# What the paper's tables change in the image-space network; first the default.
-IMAGE_NETWORKS = {
-  "dim": (256, 512),
-  "time": (512, 256),
-  "time_in": ("tmsa", "rpb_time", "mlp_time", "separate", "plain"),
-  "embedding": ("positional", "fourier"),
-  "resize": ("conv", "bilinear"),
-}
+def variants(base: Callable) -> dict[str, tuple]:
+  """{variant: its values, the default first} of a config's `base`."""
+  return {
+    name: (False, True) if p.annotation is bool else get_args(p.annotation)
+    for name, p in inspect.signature(base).parameters.items()
+  }
 
 
-def image_network(
-  config: config_dict.ConfigDict, variant: types.SimpleNamespace
-) -> None:
-  """Sets the fields of the variants in IMAGE_NETWORKS.
-
-  Args:
-    config: of an image-space run.
-    variant: from `parse_arg`; `dim` is the tokens' width, of the last level in
-      the default network, `time` that of the time token (Table 3).
-  """
-  config.model.base_channels = variant.dim // 2
-  config.model.time_dim = variant.time
-  config.model.time_in = variant.time_in
-  config.model.embedding = variant.embedding
-  config.model.resize = variant.resize
-
-
-def run_name(stem: str, arg: str | None) -> str:
-  """Name of the run, from the config's and its variants."""
-  return "-".join([stem, *filter(None, (arg or "").split(","))])
+def _parse(item: str, allowed: dict[str, tuple]) -> tuple[str, Any]:
+  name, _, text = item.partition("=")
+  if name not in allowed:
+    raise ValueError(
+      f"unknown variant {name!r} in the config's argument string: valid are"
+      f" {_describe(allowed)}"
+    )
+  for value in allowed[name]:
+    if str(value) == (text or "True"):
+      return name, value
+  raise ValueError(
+    f"variant {item!r} in the config's argument string: use"
+    f" {_describe({name: allowed[name]})}"
+  )
 
 
-def blocks(text: int | str) -> int | tuple[int, ...]:
+def per_level(text: int | str) -> int | tuple[int, ...]:
   """Blocks per level, one number or one per level written as 1-2-2-2."""
   return text if isinstance(text, int) else tuple(map(int, text.split("-")))
 
@@ -84,10 +78,8 @@ def add_power_averages(config: config_dict.ConfigDict) -> None:
   config.snapshot_every_steps = max(config.total_steps // 32, 1)
 
 
-def _describe(variants: dict[str, tuple]) -> str:
+def _describe(allowed: dict[str, tuple]) -> str:
   return ", ".join(
-    name
-    if allowed == (False, True)
-    else f"{name}={'|'.join(str(value) for value in allowed)}"
-    for name, allowed in variants.items()
+    name if values == (False, True) else f"{name}={'|'.join(map(str, values))}"
+    for name, values in allowed.items()
   )

@@ -1,4 +1,4 @@
-"""Handwritten digits, image-space DiffiT, class-conditional: the demo.
+"""Handwritten digits, a variation of ffhq64: class-conditional, the demo.
 
 The 1,797 digits of scikit-learn (8x8 gray, 10 classes) through the same
 builder, pipeline, step, EMA, checkpoint and sampler as FFHQ-64, in
@@ -18,24 +18,31 @@ Variants, after a colon and separated by commas:
   debug            the same path with a network of one level and a few steps
 """
 
+from typing import Literal
+
 from ml_collections import config_dict
 
 from configs import common, ffhq64
 
 
 def get_config(arg: str | None = None) -> config_dict.ConfigDict:
-  variant = common.parse_arg(
-    arg,
-    window=(4, 2, 8),
-    blocks=(1, 2),
-    time_in=("tmsa", "rpb_time", "mlp_time", "separate", "plain"),
-    embedding=("positional", "fourier"),
-    precision=("paper", "bf16"),
-    ema=("one", "power"),
-    debug=(False, True),
+  return common.resolve(base, arg)
+
+
+def base(
+  *,
+  window: Literal[4, 2, 8] = 4,
+  blocks: Literal[1, 2] = 1,
+  time_in: common.TimeIn = "tmsa",
+  embedding: common.Embedding = "positional",
+  precision: common.Precision = "paper",
+  ema: common.Averages = "one",
+  debug: bool = False,
+) -> config_dict.ConfigDict:
+  config = ffhq64.base(
+    time_in=time_in, embedding=embedding, precision=precision
   )
-  config = ffhq64.get_config(f"precision={variant.precision}")
-  config.name = common.run_name("digits", arg)
+  config.name = "digits"
   config.batch_size = 128
   config.total_steps = 750
 
@@ -46,10 +53,8 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.model.channels = 1
   config.model.base_channels = 32
   config.model.channel_mult = (1, 2)
-  config.model.num_blocks = variant.blocks
-  config.model.window_size = variant.window
-  config.model.time_in = variant.time_in
-  config.model.embedding = variant.embedding
+  config.model.num_blocks = blocks
+  config.model.window_size = window
   config.model.head_dim = 16
   config.model.time_dim = 128
   config.model.num_classes = 10
@@ -77,7 +82,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.evaluation.features = "digits"  # a small classifier's, no FID
   config.evaluation.metrics = ("frechet_digits",)
 
-  if variant.debug:
+  if debug:
     config.batch_size = 16
     config.total_steps = 4
     config.model.channel_mult = (1,)
@@ -89,6 +94,6 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
     config.log_every_steps = 2
     config.sample_every_steps = 4
     config.save_every_steps = 2
-  if variant.ema == "power":
+  if ema == "power":
     common.add_power_averages(config)
   return config

@@ -1,4 +1,4 @@
-"""Handwritten digits, latent DiffiT: the latent path that runs on a laptop.
+"""Handwritten digits, a variation of imagenet256 that runs on a laptop.
 
 The digits' 8x8 pixels become a 4x4 latent of 4 channels by a fixed linear code
 (squares of 2x2 pixels), in place of a VAE. The same builder, hybrid loss,
@@ -19,14 +19,16 @@ from configs import common, imagenet256
 
 
 def get_config(arg: str | None = None) -> config_dict.ConfigDict:
-  variant = common.parse_arg(
-    arg, precision=("paper", "bf16"), debug=(False, True)
-  )
-  config = imagenet256.get_config(
-    f"data=images,precision={variant.precision}"
-    + (",debug" if variant.debug else "")
-  )
-  config.name = common.run_name("digits_latent", arg)
+  return common.resolve(base, arg)
+
+
+def base(
+  *,
+  precision: common.Precision = "paper",
+  debug: bool = False,
+) -> config_dict.ConfigDict:
+  config = imagenet256.base(data="images", precision=precision, debug=debug)
+  config.name = "digits_latent"
   config.data.name = "digits"
   config.data.resolution = config.model.input_size = 4
   config.data.num_classes = config.model.num_classes = 10
@@ -42,7 +44,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.ema.constant.decay = 0.99
   config.mesh.fsdp = 1
   config.num_threads = 2
-  if variant.debug:
+  if debug:
     return config
 
   config.batch_size = 128

@@ -21,28 +21,37 @@ Variants, after a colon and separated by commas:
   debug            the same path with a small network and a few steps
 """
 
+from typing import Literal
+
 from ml_collections import config_dict
 
 from configs import common
 
 
 def get_config(arg: str | None = None) -> config_dict.ConfigDict:
-  variant = common.parse_arg(
-    arg,
-    window=(8, 4, 2),
-    blocks=(4, "1-2-2-2"),
-    **common.IMAGE_NETWORKS,
-    precision=("paper", "bf16"),
-    duration=("edm", "iterations"),
-    ema=("one", "power"),
-    debug=(False, True),
-  )
+  return common.resolve(base, arg)
+
+
+def base(
+  *,
+  window: Literal[8, 4, 2] = 8,
+  blocks: Literal[4, "1-2-2-2"] = 4,
+  dim: Literal[256, 512] = 256,
+  time: Literal[512, 256] = 512,
+  time_in: common.TimeIn = "tmsa",
+  embedding: common.Embedding = "positional",
+  resize: Literal["conv", "bilinear"] = "conv",
+  precision: common.Precision = "paper",
+  duration: Literal["edm", "iterations"] = "edm",
+  ema: common.Averages = "one",
+  debug: bool = False,
+) -> config_dict.ConfigDict:
   config = config_dict.ConfigDict()
-  config.name = common.run_name("ffhq64", arg)  # runs/<name> is the workdir
+  config.name = "ffhq64"  # and the variants; runs/<name> is the workdir
   config.seed = 0  # of initial weights, data order and every draw
   config.batch_size = 256  # images per step over all devices
   config.total_steps = 781_250  # x 256 = 200 million images, as EDM
-  if variant.duration == "iterations":
+  if duration == "iterations":
     config.total_steps = 200_000
 
   config.data = config_dict.ConfigDict()
@@ -55,30 +64,27 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.model = config_dict.ConfigDict()
   config.model.name = "image_diffit"  # the U-shaped network
   config.model.channels = 3  # of the images
-  config.model.base_channels = 128  # width that channel_mult multiplies
+  config.model.base_channels = dim // 2  # width that channel_mult multiplies
   config.model.channel_mult = (1, 2, 2, 2)  # one per level
-  config.model.num_blocks = 1 if variant.debug else common.blocks(
-    variant.blocks  # per level
-  )
-  config.model.window_size = variant.window  # side, in tokens
+  config.model.num_blocks = common.per_level(1 if debug else blocks)
+  config.model.window_size = window  # side, in tokens
   config.model.head_dim = 64  # width of an attention head
-  config.model.time_dim = 512  # width of the time token
+  config.model.time_dim = time  # width of the time token
   config.model.mlp_ratio = 4  # hidden over token width
   config.model.num_classes = 0  # 0 is unconditional
   config.model.augment_dim = 9  # labels of the augmentation below
   config.model.dropout = 0.05  # rate inside the MLPs
   config.model.skip = "concat"  # concat, add or per_block
   config.model.head_act = "silu"  # silu, or none as in Figure 4
-  config.model.resize = "conv"  # conv or bilinear
+  config.model.resize = resize  # conv or bilinear
   config.model.decoder_in_conv = False  # text has it, Figure 4 does not
-  config.model.time_in = "tmsa"  # or rpb_time, mlp_time, separate, plain
-  config.model.embedding = "positional"  # of the noise level, or fourier
+  config.model.time_in = time_in  # tmsa, rpb_time, mlp_time, separate or plain
+  config.model.embedding = embedding  # of the noise level; or fourier
   config.model.attention = "xla"  # or cudnn, on NVIDIA, after a check
   config.model.remat = "none"  # none, dots or full: what backward recomputes
   config.model.dtype = "float32"  # of matrix products; state is float32
-  common.image_network(config, variant)
   config.matmul_precision = "highest"  # float32 products without TF32 or bf16
-  if variant.precision == "bf16":
+  if precision == "bf16":
     config.model.dtype = "bfloat16"
     config.matmul_precision = "default"
 
@@ -137,7 +143,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.snapshot_every_steps = 0  # averages kept for export --ema=WIDTH
   config.watchdog_seconds = 1800  # a step this late ends the program; 0 is off
 
-  if variant.debug:
+  if debug:
     config.batch_size = 8
     config.total_steps = 4
     config.model.base_channels = 16
@@ -150,6 +156,6 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
     config.log_every_steps = 2
     config.sample_every_steps = 4
     config.save_every_steps = 2
-  if variant.ema == "power":
+  if ema == "power":
     common.add_power_averages(config)
   return config

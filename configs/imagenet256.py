@@ -22,40 +22,45 @@ Variants, after a colon and separated by commas:
   debug                 the same path with a small network and a few steps
 """
 
+from typing import Literal
+
 from ml_collections import config_dict
 
 from configs import common
 
 
 def get_config(arg: str | None = None) -> config_dict.ConfigDict:
-  variant = common.parse_arg(
-    arg,
-    depth=(28, "paper_text"),
-    modulation=("tmsa", "dit"),
-    duration=("long", "figure7b"),
-    guidance=(4.4, 4.6),
-    data=("latents", "images"),
-    precision=("bf16", "paper"),
-    ema=("one", "power"),
-    debug=(False, True),
-  )
+  return common.resolve(base, arg)
+
+
+def base(
+  *,
+  depth: Literal[28, "paper_text"] = 28,
+  modulation: Literal["tmsa", "dit"] = "tmsa",
+  duration: Literal["long", "figure7b"] = "long",
+  guidance: Literal[4.4, 4.6] = 4.4,
+  data: Literal["latents", "images"] = "latents",
+  precision: Literal["bf16", "paper"] = "bf16",
+  ema: common.Averages = "one",
+  debug: bool = False,
+) -> config_dict.ConfigDict:
   config = config_dict.ConfigDict()
-  config.name = common.run_name("imagenet256", arg)  # runs/<name>
+  config.name = "imagenet256"  # and the variants; runs/<name> is the workdir
   config.seed = 0  # of initial weights, data order and every draw
   config.batch_size = 256  # images per step over all devices
   config.total_steps = 7_000_000  # the paper does not say; DiT's length
-  if variant.duration == "figure7b":
+  if duration == "figure7b":
     config.total_steps = 1_000_000
   config.init_from = ""  # .safetensors to start from, released or exported
 
   config.data = config_dict.ConfigDict()
   config.data.name = "imagenet256_latents"  # folder under --data_dir
   config.data.split = "train"  # of the TFDS data set
-  config.data.content = variant.data  # latents, or images to encode
+  config.data.content = data  # latents, or images to encode
   config.data.resolution = 32  # side of a latent: pixels / 8
   config.data.num_classes = 1000  # that the model is told
   config.data.flip = True  # the mirror image's latent half of the time
-  if variant.data == "images":
+  if data == "images":
     config.data.name = "imagenet256"  # prepare image_folder --crop=adm
 
   config.autoencoder = config_dict.ConfigDict()
@@ -65,13 +70,13 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
 
   config.model = config_dict.ConfigDict()
   config.model.name = "latent_diffit"  # the flat transformer
-  if variant.modulation == "dit":
+  if modulation == "dit":
     config.model.name = "dit"  # the same with DiT's modulation
   config.model.input_size = 32  # side of a latent
   config.model.patch_size = 2  # side of the squares that become tokens
   config.model.channels = 4  # of a latent
   config.model.hidden_dim = 1152  # width of the tokens
-  config.model.depth = 28 if variant.depth == 28 else 30
+  config.model.depth = 28 if depth == 28 else 30
   config.model.num_heads = 16  # 72 wide
   config.model.mlp_ratio = 4  # hidden over token width
   config.model.num_classes = 1000  # one more row is "no class"
@@ -81,7 +86,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.model.remat = "dots"  # none, dots or full: what backward recomputes
   config.model.scan_blocks = True  # one compiled block for all
   config.matmul_precision = "default"  # of float32 products
-  if variant.precision == "paper":
+  if precision == "paper":
     config.model.dtype = "float32"
     config.matmul_precision = "highest"
 
@@ -109,7 +114,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.sampler = config_dict.ConfigDict()
   config.sampler.solver = "ddpm"  # ddpm, ddim, dpmpp_2m or unipc
   config.sampler.steps = 250  # network evaluations
-  config.sampler.guidance_scale = variant.guidance  # 1 is off
+  config.sampler.guidance_scale = guidance  # 1 is off
   config.sampler.guidance_schedule = "power_cosine"  # or constant
   config.sampler.guidance_power = 4.0  # of the cosine's argument
   config.sampler.guidance_channels = 3  # the first so many; 0 for all
@@ -140,7 +145,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
   config.snapshot_every_steps = 0  # averages kept for export --ema=WIDTH
   config.watchdog_seconds = 1800  # a step this late ends the program; 0 is off
 
-  if variant.debug:
+  if debug:
     config.batch_size = 8
     config.total_steps = 4
     config.data.resolution = config.model.input_size = 4
@@ -153,6 +158,6 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
     config.log_every_steps = 2
     config.sample_every_steps = 4
     config.save_every_steps = 2
-  if variant.ema == "power":
+  if ema == "power":
     common.add_power_averages(config)
   return config

@@ -1,4 +1,4 @@
-"""ImageNet-512, latent DiffiT, class-conditional (DiffiT Table 1).
+"""ImageNet-512, a variation of imagenet256: class-conditional (Table 1).
 
   paper         FID 2.67, IS 252.12, precision 0.83, recall 0.55
                 (50,000 samples, 250 DDPM steps, constant guidance of 1.49)
@@ -17,34 +17,38 @@ Variants, after a colon and separated by commas:
   debug                 the same path with a small network and a few steps
 """
 
+from typing import Literal
+
 from ml_collections import config_dict
 
 from configs import common, imagenet256
 
 
 def get_config(arg: str | None = None) -> config_dict.ConfigDict:
-  variant = common.parse_arg(
-    arg,
-    depth=(28, "paper_text"),
-    data=("latents", "images"),
-    precision=("bf16", "paper"),
-    ema=("one", "power"),
-    debug=(False, True),
+  return common.resolve(base, arg)
+
+
+def base(
+  *,
+  depth: Literal[28, "paper_text"] = 28,
+  data: Literal["latents", "images"] = "latents",
+  precision: Literal["bf16", "paper"] = "bf16",
+  ema: common.Averages = "one",
+  debug: bool = False,
+) -> config_dict.ConfigDict:
+  config = imagenet256.base(
+    depth=depth, data=data, precision=precision, debug=debug
   )
-  config = imagenet256.get_config(
-    f"depth={variant.depth},data={variant.data},precision={variant.precision}"
-    + (",debug" if variant.debug else "")
-  )
-  config.name = common.run_name("imagenet512", arg)
+  config.name = "imagenet512"
   config.data.name = config.data.name.replace("256", "512")
   config.optimizer.learning_rate = 1e-4
   config.sampler.guidance_scale = 1.49
   config.sampler.guidance_schedule = "constant"
-  if not variant.debug:
+  if not debug:
     config.batch_size = 512
     config.total_steps = 3_500_000  # the paper does not say; as many images
     config.data.resolution = 64  # side of a latent: pixels / 8
     config.model.input_size = 64
-  if variant.ema == "power":
+  if ema == "power":
     common.add_power_averages(config)
   return config

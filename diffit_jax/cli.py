@@ -17,6 +17,7 @@ from ml_collections import config_dict
 
 from diffit_jax import config_files, environment, interrupt, paths, ranges
 from diffit_jax.errors import UserError
+from diffit_jax.sampling import by_process
 from diffit_jax.stop import Stopped
 
 REQUEUE = 75
@@ -352,7 +353,7 @@ def define_sampling_flags(
     num: default of --num.
     num_help: of --num.
   """
-  flags.DEFINE_string("solver", None, "Default: the config's.")
+  flags.DEFINE_string("solver", None, f"{by_process()}. Default: the config's.")
   flags.DEFINE_integer("steps", None, "Default: the config's.")
   flags.DEFINE_string(
     "solver_options",

@@ -59,7 +59,8 @@ def main() -> int:
     print(listing.table(experiments.EXPERIMENTS, experiments.SWEEPS))
     return 0
   config = config_files.required(_CONFIG)
-  from diffit_jax.generation.generator import SamplerOptions, make_grid_sampler
+  from diffit_jax.generation.generator import make_grid_sampler
+  from diffit_jax.generation.options import SamplerOptions
 
   SamplerOptions.from_config(config)  # a mistake in it would show late
   if _DRY_RUN.value:

@@ -249,7 +249,7 @@ MUTATIONS = (
       *("interop/test_tensors.py", ""),
     ),
     (
-      "diffusion/adm.py",
+      "diffusion/bound.py",
       "width = 2 * half * _LOGIT * (1 + _CUBIC * (3 * middle**2 + half**2))",
       "width = upper - lower",
       *("diffusion/test_adm.py", "bound_at_0 or bound_far_out"),

@@ -67,12 +67,14 @@ def test_the_trajectory_is_the_samplers():
   denoiser = lambda x, sigma: (
     0.25 * x / (sigma[:, None, None, None] ** 2 + 0.25)
   )
-  solver = sampling.SOLVERS["edm_heun"](18)
+  solver = sampling.make_solver("edm_heun", 18)
   states = list(
     attention_maps.trajectory(denoiser, solver, jax.random.key(0), (2, 3, 3, 1))
   )
   levels = np.array([level[0] for _, level in states])
-  np.testing.assert_allclose(levels, sampling.levels("edm_heun", 18), rtol=1e-6)
+  np.testing.assert_allclose(
+    levels, sampling.make_solver("edm_heun", 18).levels, rtol=1e-6
+  )
   np.testing.assert_allclose(
     denoiser(*states[-1]) / (states[0][0] / 80), 0.527624637001, rtol=1e-5
   )

@@ -1,5 +1,7 @@
 """Config files find each other; what is wrong with one is one sentence."""
 
+import importlib
+import inspect
 import re
 import sys
 
@@ -7,6 +9,7 @@ from absl import flags
 import pytest
 
 from commands import ROOT
+from configs import common
 from diffit_jax import cli, config_files, paths
 from diffit_jax.errors import UserError
 
@@ -134,3 +137,44 @@ def test_paths_inside_a_config_are_expanded(folder, monkeypatch):
 def test_an_unknown_home_is_one_sentence(monkeypatch):
   with pytest.raises(UserError, match="~nobody-7/x: no home directory"):
     paths.expand("~nobody-7/x")
+
+
+NAMES = sorted(
+  path.stem
+  for path in (ROOT / "configs").glob("*.py")
+  if path.stem not in ("__init__", "common", "experiments")
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_header_names_the_variants_and_what_the_config_varies(name):
+  module = importlib.import_module(f"configs.{name}")
+  header = inspect.getdoc(module)
+  told = re.findall(
+    r"^  (\w+)(?:=([\w.|-]+))? ", header.split("\nVariants")[1], re.M
+  )
+  variants = common.variants(module.base)
+  assert dict(told) == {
+    variant: "" if values == (False, True) else "|".join(map(str, values))
+    for variant, values in variants.items()
+  }
+  # The first of the values is the default.
+  for variant, parameter in inspect.signature(module.base).parameters.items():
+    assert parameter.default == variants[variant][0], variant
+  bases = [
+    other for other in NAMES if f"{other}.base(" in inspect.getsource(module)
+  ]
+  line = header.splitlines()[0]
+  assert [other for other in NAMES if f"variation of {other}" in line] == [
+    *bases
+  ], line
+
+
+def test_a_wrong_variant_is_named_with_the_valid_ones():
+  digits = importlib.import_module("configs.digits")
+  with pytest.raises(
+    ValueError, match=r"variant 'size' .* window=4\|2\|8"
+  ):
+    digits.get_config("size=3")
+  with pytest.raises(ValueError, match=r"'window=3' .* use window=4\|2\|8$"):
+    digits.get_config("debug,window=3")

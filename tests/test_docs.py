@@ -9,7 +9,7 @@ import pytest
 
 from commands import ROOT
 from configs import cifar10, experiments, ffhq64, imagenet256
-from diffit_jax import models
+from diffit_jax import models, sampling
 
 DOCS = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
@@ -104,3 +104,14 @@ def test_every_experiment_has_its_command_in_the_papers_document():
   text = (ROOT / "docs" / "paper.md").read_text()
   for item, _, _, name in experiments.EXPERIMENTS:
     assert f"`configs/{name}`" in text, item
+
+
+def test_every_solver_is_named_for_users():
+  """In the README, and in the comments of the configs of its process."""
+  text = (ROOT / "README.md").read_text()
+  configs = {"edm": "ffhq64", "adm": "imagenet256"}
+  for solver, process in sampling.SOLVERS.items():
+    assert f"`{solver}`" in text, solver
+    config = (ROOT / f"configs/{configs[process]}.py").read_text()
+    (line,) = re.findall(r"config\.sampler\.solver = .*", config)
+    assert solver in line, line

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from diffit_jax import sampling
-from diffit_jax.diffusion import adm, augment, edm, guidance, precond
+from diffit_jax.diffusion import adm, augment, edm, guidance
+from diffit_jax.diffusion.guidance import Guidance
 import vp_problems as vp
 
 B, SHAPE = 3, (3, 4, 4, 2)
@@ -48,24 +49,21 @@ S = adm.make_schedule(1000)
 CFG = dict(scale=1.7, schedule="power_cosine", interval=(10.0, 800.0))
 DRAWN = ("xflip", "yflip", *augment.GEOMETRIC, "aniso_angle")
 per_process = lambda f: [
-  f(precond.make({"precond": k, "sigma_data": 0.5, "P_mean": 0, "P_std": 1}))
-  for k in precond.KINDS
+  f(edm.make({"precond": k, "sigma_data": 0.5, "P_mean": 0, "P_std": 1}))
+  for k in edm.PRECONDS
 ]
 FORMULAS = {  # of images x, levels s [b] and steps t [b] int32
-  "edm.precondition": lambda x, s, t: edm.precondition(s, 0.5),
-  "edm.weighted_error": lambda x, s, t: edm.weighted_error(x, x, s),
-  "precond.denoise": lambda x, s, t: per_process(
+  "edm.coefficients": lambda x, s, t: per_process(lambda p: p.coefficients(s)),
+  "edm.denoise": lambda x, s, t: per_process(
     lambda p: p.denoise(lambda x, _: x.astype(jnp.bfloat16), x, s)
   ),
-  "precond.loss": lambda x, s, t: per_process(lambda p: p.loss(x, x, s)),
-  "precond.vp": lambda x, s, t: (precond.vp_sigma(s), precond.vp_time(s)),
+  "edm.loss": lambda x, s, t: per_process(lambda p: p.loss(x, x, s)),
+  "edm.vp": lambda x, s, t: (edm.vp_sigma(s), edm.vp_time(s)),
   "adm.q_sample": lambda x, s, t: S.q_sample(x, t, x),
-  "adm.predict_x0": lambda x, s, t: S.predict_x0(x, t, x),
-  "adm.posterior_mean": lambda x, s, t: S.posterior_mean(x, x, t),
   "adm.losses": lambda x, s, t: S.losses(
     jnp.concatenate([x, x], axis=-1), x, t, x
   ),
-  "guidance.scale": lambda x, s, t: guidance.guidance_scale(s, **CFG),
+  "guidance.scale": lambda x, s, t: Guidance(**CFG).scale_at(s),
   "guidance.cfg": lambda x, s, t: [
     guidance.apply_cfg(x, x, level, **CFG) for level in (s, t)
   ],

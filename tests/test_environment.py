@@ -125,7 +125,7 @@ def test_draws_do_not_depend_on_x64():
   @jax.jit
   def draw():
     return (
-      adm.sample_timesteps(keys),
+      adm.make_schedule().sample_level(keys),
       augment.draw_keys(keys, 0.4),
       drop_labels(keys, jnp.arange(40, dtype=jnp.int32), 99, 0.3),
       drop_out(x, 0.3, keys[0], jnp.arange(40, dtype=jnp.uint32)),

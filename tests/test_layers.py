@@ -40,6 +40,7 @@ MAY_IMPORT = {
   "planning": {"training", "models"},  # compiles its step, counts networks
   "evaluation": {
     *("data", "parallel", "interop"),
+    "diffusion",  # whether samples are latents
     "generation",  # makes samples
   },
 }

@@ -12,7 +12,7 @@ from configs import common, digits
 from diffit_jax import cli, ranges
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import sweep
-from diffit_jax.generation.generator import SamplerOptions
+from diffit_jax.generation.options import SamplerOptions
 from diffit_jax.models import NETWORKS
 from diffit_jax.training import checks
 
@@ -21,22 +21,15 @@ NOT_CONFIGS = ("__init__", "common", "experiments")
 NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in NOT_CONFIGS)
 
 
-def all_configs(name, monkeypatch):
+def all_configs(name):
   """The config by itself, and with each of its variants' values."""
-  module, found = importlib.import_module(f"configs.{name}"), []
-  parse = common.parse_arg
-
-  def listen(arg, **variants):
-    found.append(variants)
-    return parse(arg, **variants)
-
-  monkeypatch.setattr(common, "parse_arg", listen)
-  configs = {"": module.get_config()}
-  for variant, values in dict(found[0]).items():
-    for value in values[1:]:
-      arg = variant if value is True else f"{variant}={value}"
-      configs[arg] = module.get_config(arg)
-  return configs
+  module = importlib.import_module(f"configs.{name}")
+  args = [
+    variant if value is True else f"{variant}={value}"
+    for variant, values in common.variants(module.base).items()
+    for value in values[1:]
+  ]
+  return {arg: module.get_config(arg) for arg in ("", *args)}
 
 
 def is_number(value):
@@ -44,8 +37,8 @@ def is_number(value):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_number_of_every_config_has_one_range(name, monkeypatch):
-  for arg, config in all_configs(name, monkeypatch).items():
+def test_every_number_of_every_config_has_one_range(name):
+  for arg, config in all_configs(name).items():
     ranges.check(config)
     for path, value in ranges.leaves(config):
       expected = 1 if is_number(value) else 0

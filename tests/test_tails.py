@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffit_jax.diffusion import guidance, precond
+from diffit_jax.diffusion import edm
+from diffit_jax.diffusion.guidance import Guidance
 from diffit_jax.evaluation import metrics
 from diffit_jax.run import ema
 from diffit_jax.sampling import dpmpp_2m, edm_heun
@@ -19,8 +20,8 @@ SIGMA = np.geomspace(1e-3, 150, 60, dtype=np.float32)
 TIME = np.geomspace(1e-5, 1, 60, dtype=np.float32)
 LEVEL = np.linspace(0, 990, 60, dtype=np.float32)
 STEP = np.array([1, 10, 1e3, 1e5, 3e6, 1e7], np.int32)
-EDM = precond.make({"sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2})
-VP, VE = (precond.make({"precond": kind}) for kind in ("vp", "ve"))
+EDM = edm.make({"sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2})
+VP, VE = (edm.make({"precond": kind}) for kind in ("vp", "ve"))
 
 
 def vp_time(sigma):
@@ -33,9 +34,9 @@ def power_gain(step):
 
 
 ROWS = {
-  "vp time": (precond.vp_time, vp_time, SIGMA),
+  "vp time": (edm.vp_time, vp_time, SIGMA),
   "vp sigma": (
-    precond.vp_sigma,
+    edm.vp_sigma,
     lambda t: np.sqrt(np.expm1(9.95 * t**2 + 0.1 * t)),
     TIME,
   ),
@@ -56,7 +57,7 @@ ROWS = {
     SIGMA,
   ),
   "guidance": (
-    lambda t: guidance.guidance_scale(t, scale=1e6, schedule="power_cosine"),
+    Guidance(1e6, schedule="power_cosine").scale_at,
     lambda t: 1 + (1e6 - 1) * np.sin(np.pi / 2 * (1 - t / 1000) ** 4) ** 2,
     LEVEL,
   ),
@@ -95,7 +96,7 @@ def test_a_constant_decay_near_one():
   np.testing.assert_allclose(found, 1e-7, rtol=1e-6)
 
 
-@pytest.mark.parametrize("process", [EDM, VP, VE], ids=precond.KINDS)
+@pytest.mark.parametrize("process", [EDM, VP, VE], ids=edm.PRECONDS)
 def test_the_loss_of_denoised_images_at_little_noise(process):
   """D - y is a difference at the scale sigma of numbers of order 1.
 

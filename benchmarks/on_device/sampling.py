@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from benchmarks.on_device import device, rows
 from diffit_jax import models, sampling
-from diffit_jax.diffusion import guidance
+from diffit_jax.diffusion.guidance import Guidance
 from diffit_jax.environment import PRNG
 from diffit_jax.generation import generator
+from diffit_jax.generation.options import SamplerOptions
 from diffit_jax.training import program as program_lib
 
 card = device.card
@@ -77,22 +78,20 @@ class Sampler:
     config.sampler.update(
       solver=solver, steps=steps, guidance_tolerance=tolerance
     )
-    options = generator.SamplerOptions.from_config(config)
+    options = SamplerOptions.from_config(config)
     model = self.model.clone(attention=attention)
 
     def run(params, noise, labels, keys):
       with jax.default_matmul_precision(config.matmul_precision):
         network = generator.make_network(model, params, config)
-        guided = functools.partial(
-          guidance.guided, network, labels, model.num_classes
-        )
+        guided = lambda rule: rule.denoiser(network, labels, model.num_classes)
         return sampling.sample(
-          guided(**options.cfg),
+          guided(options.guidance),
           options.solver,
           noise,
           keys=keys,
-          plain=guided(scale=1),
-          skip=options.skip,
+          plain=guided(Guidance()),
+          skip=options.guidance.skippable,
           **options.solver_options,
         )
 

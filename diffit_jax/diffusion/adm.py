@@ -28,24 +28,14 @@ plus that of the variational bound in bits, with factor 1:
        = -ln P(x_0 | x_1) / ln 2,                              t = 0 (8)
   loss = mse + vb                                                    (9)
 
-with P the mass that p puts on a bin of width 2/255 around x_0, latents or not.
-No gradient of vb reaches eps_hat: mse alone trains the mean, vb the variance.
-By (1)-(3) the two means differ by
+with P the mass that p puts on a bin of width 2/255 around x_0, latents or not
+(`bound`). No gradient of vb reaches eps_hat: mse alone trains the mean, vb the
+variance. By (1)-(3) the two means differ by
 
   c1 (x_0 - x_0_hat) = c1 sqrt(1/abar_t - 1) (eps_hat - eps),       (10)
 
 which needs no x_t, cancels no digits where the step is small, and at t = 0,
 where c1 = 1 and c2 = 0, is also x_0 less the model's mean, all that (8) needs.
-
-The normal distribution function in P is taken to be a tanh, hence the logistic
-function s of
-
-  z(x) = 2 sqrt(2/pi) (x + 0.044715 x^3),                           (12)
-
-and for the edges u > l of a bin, in standard deviations, a = z(u), b = z(l),
-
-  ln(s(a) - s(b)) = ln s(a) + ln s(-b) + ln(1 - e^(b-a))            (13)
-  a - b = 2 sqrt(2/pi) (u - l) (1 + 0.044715 (u^2 + u l + l^2)).    (14)
 
 Respacing keeps some of the steps and rebuilds all tables from the betas that
 join them,
@@ -56,24 +46,27 @@ The network is still told t_k, the step it was trained with. Tables are float64
 on the host, and float32 (float64 for float64 arrays) where they are indexed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import math
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffit_jax.diffusion import bound, spacing
+from diffit_jax.diffusion.arrays import at_least_float32, per_sample
 from diffit_jax.errors import UserError
 
-_LOGIT, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715  # of (12)
-_LEAST_LOG_MASS = math.log(1e-12)
+# See `kinds`.
+FIELDS, SOLVERS, ON_LATENTS = ("num_steps",), "adm", True
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
   """Tables of n steps, [n] float64 each; k counts them, from clean to noisy.
+
+  A diffusion as `kinds` has it, whose levels are steps t.
 
   Attributes:
     timesteps: what the network is told at step k, 0..999: ints, or floats if
@@ -81,6 +74,8 @@ class Schedule:
     betas: beta_k.
     alphas_cumprod: abar_k.
     alphas_cumprod_prev: abar_{k-1}, 1 at k = 0.
+    signal, sigma: sqrt(abar_k) and sqrt(1 - abar_k), the factors in (1).
+    x_to_x0, eps_to_x0: the factors of x_t and -eps in (2).
     c1, c2: of (3).
     posterior_variance: (4), 0 at k = 0.
     posterior_log_variance: its logarithm, entry 0 replaced by entry 1.
@@ -91,15 +86,36 @@ class Schedule:
   betas: np.ndarray
   alphas_cumprod: np.ndarray
   alphas_cumprod_prev: np.ndarray
+  signal: np.ndarray
+  sigma: np.ndarray
+  x_to_x0: np.ndarray
+  eps_to_x0: np.ndarray
   c1: np.ndarray
   c2: np.ndarray
   posterior_variance: np.ndarray
   posterior_log_variance: np.ndarray
   log_betas: np.ndarray
+  level = "t"  # its name among a training step's draws
 
   @property
   def num_steps(self) -> int:
     return len(self.betas)
+
+  def sample_level(self, keys: jax.Array) -> jax.Array:
+    """Training steps, uniform, one per sample: keys [b] -> t [b] int32."""
+    draw = lambda key: jax.random.randint(key, (), 0, self.num_steps, jnp.int32)
+    return jax.vmap(draw)(keys)
+
+  def denoise(self, network: Callable, x: jax.Array, t: jax.Array) -> jax.Array:
+    """What the solvers are given: the network's eps, and v if it has one."""
+    return network(x, t)
+
+  def train_losses(
+    self, network: Callable, y: jax.Array, t: jax.Array, noise: jax.Array
+  ) -> jax.Array:
+    """[b] hybrid losses (9) of clean latents y."""
+    output = network(self.q_sample(y, t, noise), t)
+    return self.losses(output, y, t, noise)["loss"]
 
   def q_sample(
     self, x0: jax.Array, t: jax.Array, noise: jax.Array
@@ -114,31 +130,15 @@ class Schedule:
     Returns:
       [b, h, w, c], at least float32. A t beyond the schedule gives NaN.
     """
-    x0, noise = _at_least_float32(x0), _at_least_float32(noise)
-    signal = _at(np.sqrt(self.alphas_cumprod), t, x0)
-    return signal * x0 + _at(np.sqrt(1 - self.alphas_cumprod), t, x0) * noise
-
-  def predict_x0(
-    self, x_t: jax.Array, t: jax.Array, eps: jax.Array
-  ) -> jax.Array:
-    """x_0 of (2); shapes as in `q_sample`."""
-    x_t, eps = _at_least_float32(x_t), _at_least_float32(eps)
-    scale = _at(1 / np.sqrt(self.alphas_cumprod), t, x_t)
-    return scale * x_t - _at(np.sqrt(1 / self.alphas_cumprod - 1), t, x_t) * eps
-
-  def posterior_mean(
-    self, x0: jax.Array, x_t: jax.Array, t: jax.Array
-  ) -> jax.Array:
-    """(3); shapes as in `q_sample`."""
-    x0, x_t = _at_least_float32(x0), _at_least_float32(x_t)
-    return _at(self.c1, t, x0) * x0 + _at(self.c2, t, x_t) * x_t
+    x0, noise = at_least_float32(x0), at_least_float32(noise)
+    return _at(self.signal, t, x0) * x0 + _at(self.sigma, t, x0) * noise
 
   def log_ratio(self, v: jax.Array, t: jax.Array) -> jax.Array:
     """ln of the model's variance (5) over (4): v [b, h, w, c], t [b].
 
     The two come within 1e-6, which float32 logarithms of up to 10 would lose.
     """
-    v = _at_least_float32(v)
+    v = at_least_float32(v)
     range_ = self.log_betas - self.posterior_log_variance
     return (v + 1) / 2 * _at(range_, t, v)
 
@@ -163,20 +163,20 @@ class Schedule:
       there is no "vb", and the loss is mse.
     """
     eps, v = split_output(model_output, x0.shape[-1])
-    x0, noise, eps = map(_at_least_float32, (x0, noise, eps))
+    x0, noise, eps = map(at_least_float32, (x0, noise, eps))
     mse = _mean_per_sample((noise - eps) ** 2)
     if v is None:
       return {"mse": mse, "loss": mse}
     # In units of the posterior's std, so that no logarithm is large.
     std = np.exp(self.posterior_log_variance / 2)
-    scale = self.c1 * np.sqrt(1 / self.alphas_cumprod - 1) / std
+    scale = self.c1 * self.eps_to_x0 / std  # (10)
     difference = _at(scale, t, x0) * (jax.lax.stop_gradient(eps) - noise)
     log_ratio = self.log_ratio(v, t)
-    kl = normal_kl(difference, 0.0, log_ratio)
-    nll = -discretized_log_likelihood(
+    kl = bound.normal_kl(difference, 0.0, log_ratio)
+    nll = -bound.discretized_log_likelihood(
       x0, difference, log_ratio, _at(std, t, x0)
     )
-    is_first = (jnp.asarray(t) == 0)[:, None, None, None]
+    is_first = per_sample(jnp.asarray(t) == 0)
     vb = _mean_per_sample(jnp.where(is_first, nll, kl)) / math.log(2)
     return {"mse": mse, "vb": vb, "loss": mse + vb}
 
@@ -189,16 +189,8 @@ def make_schedule(
   Args:
     num_steps: T. The betas run from 0.1/T to 20/T, ADM's rule, which at 1000
       is 1e-4 to 2e-2.
-    respacing: None for all steps, or one of
-      N, "N": N steps evenly from 0 to T-1, rounded (ADM's rule; N = 1, which
-        it leaves open, keeps T-1, where a sampler starts);
-      "ddimN": every i-th from 0, i the smallest stride that gives N;
-      "trailingN": evenly from T-1 to T/N - 1, so that a sampler's last step, to
-        clean data, is as long as the others;
-      "logsnrN", "karrasN": from T-1 to 0, evenly in ln(alpha/sigma), or in
-        (sigma/alpha)^(1/7) as EDM, each the nearest step that is still free;
-      "logsnr_exactN": the first of these without rounding, with ln abar
-        interpolated; the network is told fractions of steps.
+    respacing: None for all steps, or as `spacing` places them: N or "N" steps,
+      "ddimN", "trailingN", "logsnrN", "karrasN" or "logsnr_exactN".
 
   Raises:
     UserError: num_steps or respacing cannot be had; says what can.
@@ -208,13 +200,20 @@ def make_schedule(
       f"{num_steps=} must be a whole number above 20, where linear betas "
       "stay below 1"
     )
-  betas = np.linspace(0.1 / num_steps, 20 / num_steps, num_steps)
-  timesteps = np.arange(num_steps)
   if respacing is None:
-    return _tables(timesteps, betas)
-  log_abar = np.cumsum(np.log1p(-betas))
-  kept = space_timesteps(log_abar, respacing)
-  abar = np.exp(np.interp(kept, timesteps, log_abar))
+    return _tables(np.arange(num_steps), _linear_betas(num_steps))
+  return respace(num_steps, *spacing.parse(respacing, num_steps))
+
+
+def _linear_betas(num_steps: int) -> np.ndarray:
+  return np.linspace(0.1 / num_steps, 20 / num_steps, num_steps)
+
+
+def respace(num_steps: int, name: str, n: int) -> Schedule:
+  """(11) for n of the steps, as the spacing of that name places them."""
+  log_abar = np.cumsum(np.log1p(-_linear_betas(num_steps)))
+  kept = spacing.SPACINGS[name](log_abar, n)
+  abar = np.exp(np.interp(kept, np.arange(num_steps), log_abar))
   return _tables(kept, 1 - abar / np.append(1.0, abar[:-1]))
 
 
@@ -230,6 +229,10 @@ def _tables(timesteps: np.ndarray, betas: np.ndarray) -> Schedule:
     betas=betas,
     alphas_cumprod=abar,
     alphas_cumprod_prev=previous,
+    signal=np.sqrt(abar),
+    sigma=np.sqrt(1 - abar),
+    x_to_x0=1 / np.sqrt(abar),
+    eps_to_x0=np.sqrt(1 / abar - 1),
     c1=betas * np.sqrt(previous) / (1 - abar),
     c2=(1 - previous) * np.sqrt(alphas) / (1 - abar),
     posterior_variance=variance,
@@ -238,127 +241,21 @@ def _tables(timesteps: np.ndarray, betas: np.ndarray) -> Schedule:
   )
 
 
-# --- respacing --------------------------------------------------------------
-
-
-def _uniform(log_abar: np.ndarray, n: int) -> np.ndarray:
-  last = len(log_abar) - 1
-  if n == 1:
-    return np.array([last])
-  # A running sum, rounded half to even: the released indices to the last one.
-  return np.array(
-    [round(x) for x in np.cumsum([0.0] + [last / (n - 1)] * (n - 1)).tolist()]
-  )
-
-
-def _ddim(log_abar: np.ndarray, n: int) -> np.ndarray:
-  total = len(log_abar)
-  counts = {i: len(range(0, total, i)) for i in range(total - 1, 0, -1)}
-  strides = {count: i for i, count in counts.items()}  # the smallest stays
-  if n not in strides:
-    below = max((c for c in strides if c < n), default=min(strides))
-    above = min(c for c in strides if c > n)
-    raise UserError(
-      f"no whole stride keeps {n} of {total} steps; the nearest are "
-      f"'ddim{below}' and 'ddim{above}'"
-    )
-  return np.arange(0, total, strides[n])
-
-
-def _trailing(log_abar: np.ndarray, n: int) -> np.ndarray:
-  total = len(log_abar)
-  return np.rint(np.arange(1, n + 1) * (total / n)).astype(np.int64) - 1
-
-
-def _evenly_in(to_grid: Callable, from_grid: Callable) -> Callable:
-  """Fractional steps, evenly in to_grid(sigma / alpha)."""
-
-  def place(log_abar: np.ndarray, n: int) -> np.ndarray:
-    last = len(log_abar) - 1
-    ratio = np.sqrt(np.expm1(-log_abar[[0, last]]))  # sigma / alpha
-    grid = np.linspace(*to_grid(ratio), n)
-    wanted = -np.log1p(from_grid(grid) ** 2)  # ln abar
-    t = np.interp(-wanted, -log_abar, np.arange(last + 1.0))
-    t[0], t[-1] = 0, last  # last, so that n = 1 keeps it
-    return t
-
-  return place
-
-
-_logsnr = _evenly_in(np.log, np.exp)
-_karras = _evenly_in(lambda ratio: ratio ** (1 / 7), lambda grid: grid**7)
-
-
-def _whole(place: Callable) -> Callable:
-  """Rounds; steps that would coincide move up to the next free ones."""
-
-  def place_whole(log_abar: np.ndarray, n: int) -> np.ndarray:
-    i = np.arange(n)
-    t = np.rint(place(log_abar, n)).astype(np.int64)
-    t = np.maximum.accumulate(t - i) + i
-    return np.minimum(t, len(log_abar) - n + i)
-
-  return place_whole
-
-
-SPACINGS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
-  "uniform": _uniform,
-  "ddim": _ddim,
-  "trailing": _trailing,
-  "logsnr": _whole(_logsnr),
-  "karras": _whole(_karras),
-  "logsnr_exact": _logsnr,
-}
-
-
-def space_timesteps(log_abar: np.ndarray, respacing: int | str) -> np.ndarray:
-  """[n] increasing steps; `respacing` as in `make_schedule`."""
-  total = len(log_abar)
-  match = re.fullmatch(r"([a-z_]*)(-?\d+)", str(respacing))
-  name, n = (match[1] or "uniform", int(match[2])) if match else ("", 0)
-  if name not in SPACINGS:
-    raise UserError(
-      f"{respacing=} is not understood; allowed: N or 'N', "
-      + ", ".join(f"'{s}N'" for s in SPACINGS if s != "uniform")
-    )
-  if not 1 <= n <= total:
-    raise UserError(
-      f"{respacing=}: the number of steps must be from 1 to {total}"
-    )
-  return SPACINGS[name](log_abar, n)
-
-
-def sampling_schedule(
-  steps: int, spacing: str = "uniform", num_train_steps: int = 1000
-) -> Schedule:
-  """The schedule of a sampler with `steps` steps; `spacing` of `SPACINGS`."""
-  if spacing not in SPACINGS:
-    raise UserError(f"{spacing=} is unknown; allowed: {', '.join(SPACINGS)}")
-  if not 1 <= steps <= num_train_steps:
-    raise UserError(f"{steps=} must be from 1 to {num_train_steps}")
-  return make_schedule(num_train_steps, f"{spacing}{steps}")
-
-
-# --- parts ------------------------------------------------------------------
-
-
-def sample_timesteps(keys: jax.Array, num_steps: int = 1000) -> jax.Array:
-  """Training steps, uniform, one per sample: keys [b] -> [b] int32."""
-  draw = lambda key: jax.random.randint(key, (), 0, num_steps, jnp.int32)
-  return jax.vmap(draw)(keys)
+def make(config: Mapping) -> Schedule:
+  """The schedule of `config.diffusion`, which has num_steps."""
+  return make_schedule(config.get("num_steps", 1000))
 
 
 def split_output(
-  model_output: jax.Array, channels: int | None = None
+  model_output: jax.Array, channels: int
 ) -> tuple[jax.Array, jax.Array | None]:
   """[b, h, w, 2c] -> eps, v [b, h, w, c] each; [b, h, w, c] -> eps, None.
 
   Args:
     model_output: of the network.
-    channels: c, of the data; None takes the output to hold both halves.
+    channels: c, of the data.
   """
   found = model_output.shape[-1]
-  channels = found // 2 if channels is None else channels
   if found == channels:
     return model_output, None
   if found != 2 * channels:
@@ -375,79 +272,9 @@ def interpolate_log_variance(v, log_beta, posterior_log_variance):
   return f * log_beta + (1 - f) * posterior_log_variance
 
 
-def normal_kl(
-  difference: jax.Array, log_variance_1: jax.Array, log_variance_2: jax.Array
-) -> jax.Array:
-  """KL(N(m1, e^l1) | N(m2, e^l2)) in nats from m1 - m2, l1 and l2."""
-  return 0.5 * (
-    _beyond_linear(log_variance_2 - log_variance_1)
-    + difference**2 * jnp.exp(-log_variance_2)
-  )
-
-
-_SERIES = [(-1) ** k / math.factorial(k) for k in range(13, 1, -1)] + [0, 0]
-
-
-@jax.custom_jvp
-def _beyond_linear(x: jax.Array) -> jax.Array:
-  """e^-x - 1 + x, about x^2 / 2, and its gradient 1 - e^-x, with all digits."""
-  small = jnp.polyval(jnp.asarray(_SERIES, x.dtype), x)
-  return jnp.where(jnp.abs(x) < 1, small, jnp.expm1(-x) + x)
-
-
-@_beyond_linear.defjvp
-def _beyond_linear_jvp(primals, tangents):
-  (x,), (dx,) = primals, tangents
-  return _beyond_linear(x), -jnp.expm1(-x) * dx
-
-
-def discretized_log_likelihood(
-  x0: jax.Array,
-  difference: jax.Array,
-  log_variance: jax.Array,
-  unit: jax.Array | float = 1.0,
-) -> jax.Array:
-  """ln of the mass that N(mean, e^log_variance) puts on x0's bin (8), in nats.
-
-  Bins are x0 +- 1/255; beyond +-0.999 they reach to infinity. The normal
-  distribution function is approximated by a tanh, as in the published loss,
-  which is the logistic function s of (12), and the logarithm is at least that
-  of 1e-12. In logarithms (13) nothing cancels, however small the mass; nor does
-  it in b - a, of which only the factored form (14) is computed.
-
-  Args:
-    x0: [b, h, w, c].
-    difference: [b, h, w, c] x0 - mean, in units of `unit`.
-    log_variance: [b, h, w, c], in units of its square.
-    unit: [b, 1, 1, 1] or a number.
-  """
-  scale = jnp.exp(-0.5 * log_variance)
-  middle, half = scale * difference, scale / (255 * unit)
-  upper, lower = _logit(middle + half), _logit(middle - half)
-  width = 2 * half * _LOGIT * (1 + _CUBIC * (3 * middle**2 + half**2))  # (14)
-  # Every part is finite in every bin, so that no gradient is 0 times infinity.
-  log_mass = (
-    jnp.where(x0 > 0.999, 0, jax.nn.log_sigmoid(upper))
-    + jnp.where(x0 < -0.999, 0, jax.nn.log_sigmoid(-lower))
-    + jnp.where(jnp.abs(x0) > 0.999, 0, jax.nn.log1mexp(width))
-  )
-  return jnp.maximum(log_mass, _LEAST_LOG_MASS)
-
-
-def _logit(x: jax.Array) -> jax.Array:
-  """z of (12)."""
-  return _LOGIT * (x + _CUBIC * x**3)
-
-
 def _at(table: np.ndarray, t: jax.Array, like: jax.Array) -> jax.Array:
   """Entries t [b] of a table as [b, 1, 1, 1], NaN beyond its end."""
-  values = jnp.asarray(table, like.dtype).at[t].get(mode="fill")
-  return values[:, None, None, None]
-
-
-def _at_least_float32(x: jax.Array) -> jax.Array:
-  x = jnp.asarray(x)
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return per_sample(jnp.asarray(table, like.dtype).at[t].get(mode="fill"))
 
 
 def _mean_per_sample(x: jax.Array) -> jax.Array:

@@ -41,7 +41,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffit_jax.diffusion.edm import at_least_float32
+from diffit_jax.diffusion.arrays import at_least_float32, per_sample
 from diffit_jax.errors import UserError
 
 NUM_LABELS = 9
@@ -146,15 +146,14 @@ def augment(images: jax.Array, params: Params) -> jax.Array:
   """
   x = at_least_float32(images)
   params = {k: jnp.asarray(v, x.dtype) for k, v in params.items()}
-  per_image = lambda flag: flag[:, None, None, None]
-  x = jnp.where(per_image(params["xflip"] > 0.5), x[:, :, ::-1], x)
-  x = jnp.where(per_image(params["yflip"] > 0.5), x[:, ::-1], x)
+  x = jnp.where(per_sample(params["xflip"] > 0.5), x[:, :, ::-1], x)
+  x = jnp.where(per_sample(params["yflip"] > 0.5), x[:, ::-1], x)
   _, h, w, _ = x.shape
   active = functools.reduce(
     jnp.logical_or, [params[name] != 0 for name in GEOMETRIC]
   )
   return jnp.where(
-    per_image(active), _resample(x, _inverse_affine(params, h, w)), x
+    per_sample(active), _resample(x, _inverse_affine(params, h, w)), x
   )
 
 

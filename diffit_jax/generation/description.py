@@ -7,6 +7,8 @@ from flax import traverse_util
 import jax
 import numpy as np
 
+from diffit_jax.diffusion import kinds
+
 
 def describe(weights, seed: int, labels: str, codec) -> dict:
   """The settings that decide samples; under "about" those that do not.
@@ -14,14 +16,14 @@ def describe(weights, seed: int, labels: str, codec) -> dict:
   Args:
     weights: `weights.Weights` of the network, with its config.
     seed: sample i depends on (seed, i).
-    labels: see `generator.choose_labels`.
+    labels: see `labels.choose_labels`.
     codec: decodes the latents of a latent model; None for other models.
   """
   sampler = json.loads(weights.config.sampler.to_json_best_effort())
   sampler.pop("num_grid", None)
   config = json.loads(weights.config.to_json_best_effort())
   config_hash = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-  is_edm = weights.config.diffusion.kind == "edm"
+  is_latent = kinds.is_latent(weights.config)
   return {
     "weights_sha256": hash_tree(weights.params),
     "step": weights.step,
@@ -38,7 +40,7 @@ def describe(weights, seed: int, labels: str, codec) -> dict:
       "num_classes": weights.config.model.num_classes,
       "config_sha256": config_hash.hexdigest(),
       "source": weights.source,
-      "uint8_rule": "edm" if is_edm else "adm",  # of `pictures`
+      "uint8_rule": "adm" if is_latent else "edm",  # of `pictures`
       "vae_source": codec.source if codec else None,
       "jax": jax.__version__,
       "device": jax.devices()[0].device_kind,

@@ -17,8 +17,11 @@ from jax.sharding import Mesh
 import numpy as np
 
 from diffit_jax import claim, models, whole
+from diffit_jax.diffusion import kinds
 from diffit_jax.errors import UserError
 from diffit_jax.generation import description, generator
+from diffit_jax.generation.labels import choose_labels
+from diffit_jax.generation.options import SamplerOptions
 from diffit_jax.generation.output import (
   IMAGES,
   LATENTS,
@@ -61,7 +64,7 @@ def sample_to_folder(
     out: folder; created where missing.
     num: samples wanted in all.
     seed: sample i depends on (seed, i).
-    labels: see `generator.choose_labels`.
+    labels: see `choose_labels`.
     batch_size: samples per call, over all devices.
     codec: decodes the latents of a latent model; without it, they are written.
 
@@ -75,11 +78,9 @@ def sample_to_folder(
   check_batch(mesh, batch_size, "batch_size")
   config, model = weights.config, models.make_model(weights.config.model)
   generate = generator.make_generator(model, config, mesh, codec)
-  classes = lambda index: generator.choose_labels(
-    index, seed, model.num_classes, labels
-  )
+  classes = lambda index: choose_labels(index, seed, model.num_classes, labels)
   classes(np.arange(1))  # refuses wrong labels before anything is written
-  is_latent = config.diffusion.kind == "adm" and codec is None
+  is_latent = kinds.is_latent(config) and codec is None
   output = Output(
     pathlib.Path(out),
     LATENTS if is_latent else IMAGES,
@@ -175,11 +176,11 @@ def _report_skipped(weights: Weights, mesh: Mesh, seed: int, classes) -> None:
   With a tolerance above 0, a few samples are made both ways and compared.
   """
   config = weights.config
-  options = generator.SamplerOptions.from_config(config)
+  options = SamplerOptions.from_config(config)
   total, skipped = options.num_evaluations()
-  if options.cfg["scale"] == 1 or not skipped:
+  if options.guidance.is_off or not skipped:
     return
-  tolerance = config.sampler.get("guidance_tolerance", 0.0)
+  tolerance = options.guidance.tolerance
   logging.info(
     "guidance: %d of %d unconditional evaluations are skipped, where the scale"
     " is within %g of 1",

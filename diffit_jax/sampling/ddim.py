@@ -17,8 +17,8 @@ ddpm.py with variance "fixed_small". If x_0 is clipped, the eps of (3) is what
 import jax.numpy as jnp
 import numpy as np
 
-from diffit_jax.diffusion import adm
 from diffit_jax.errors import UserError
+from diffit_jax.sampling import discrete
 from diffit_jax.sampling.loop import Solver
 
 
@@ -35,12 +35,12 @@ def make_solver(
   Args:
     steps: n, at most num_train_steps.
     eta: how much noise, >= 0; above 1 as long as the root in (3) is real.
-    spacing: which steps, of `adm.SPACINGS`.
+    spacing: which steps, of `spacing.SPACINGS`.
     clip_denoised: whether x_0 is clipped to [-1, 1]; not for latents.
     num_train_steps: T of the schedule the network was trained on.
   """
-  s = adm.sampling_schedule(steps, spacing, num_train_steps)
-  largest = np.sqrt((1 - s.alphas_cumprod) / s.betas)[1:].min(initial=np.inf)
+  s = discrete.descending(steps, spacing, num_train_steps)
+  largest = np.sqrt((1 - s.alphas_cumprod) / s.betas)[:-1].min(initial=np.inf)
   if not 0 <= eta <= max(largest, 1):
     raise UserError(
       f"{eta=} must be from 0 to {max(largest, 1):.4g} at {steps} steps"
@@ -48,30 +48,18 @@ def make_solver(
   sigma = eta * np.sqrt(s.posterior_variance)
   left = 1 - s.alphas_cumprod_prev - sigma**2
   rows = dict(
-    t=s.timesteps,
-    x_to_x0=1 / np.sqrt(s.alphas_cumprod),
-    eps_to_x0=np.sqrt(1 / s.alphas_cumprod - 1),
     x0=np.sqrt(s.alphas_cumprod_prev),
     eps=np.sqrt(np.maximum(left, 0)),  # rounding at the largest eta
     sigma=sigma,
-    draw=np.arange(steps)[::-1],
+    draw=np.arange(steps),
   )
 
-  def update(x, row, out, z):
-    eps, _ = adm.split_output(out, x.shape[-1])
-    x0 = row["x_to_x0"] * x - row["eps_to_x0"] * eps  # (1)
+  def update(x, row, predicted, z):
+    x0, eps, _ = predicted  # (1)
     if clip_denoised:
       x0 = jnp.clip(x0, -1, 1)
       eps = (row["x_to_x0"] * x - x0) / row["eps_to_x0"]
     x = row["x0"] * x0 + row["eps"] * eps  # (3)
     return x if z is None else x + row["sigma"] * z
 
-  return Solver(
-    rows={name: table[::-1] for name, table in rows.items()},
-    start=lambda noise: noise,
-    query=lambda x, row, z: (x, x, row["t"]),
-    update=update,
-    finish=lambda x: x,
-    num_draws=steps if eta else 0,
-    level="t",
-  )
+  return discrete.make_solver(s, rows, update, num_draws=steps if eta else 0)

@@ -18,6 +18,7 @@ import numpy as np
 
 from diffit_jax.diffusion import adm
 from diffit_jax.errors import UserError
+from diffit_jax.sampling import discrete
 from diffit_jax.sampling.loop import Solver
 
 FIXED_F = {"fixed_small": 0.0, "fixed_large": 1.0}
@@ -35,29 +36,25 @@ def make_solver(
 
   Args:
     steps: n, at most num_train_steps.
-    spacing: which steps, of `adm.SPACINGS`.
+    spacing: which steps, of `spacing.SPACINGS`.
     variance: "fixed_small" or "fixed_large", used where there is no v.
     clip_denoised: whether x_0 is clipped to [-1, 1]; not for latents.
     num_train_steps: T of the schedule the network was trained on.
   """
   if variance not in FIXED_F:
     raise UserError(f"{variance=} is unknown; allowed: {', '.join(FIXED_F)}")
-  s = adm.sampling_schedule(steps, spacing, num_train_steps)
+  s = discrete.descending(steps, spacing, num_train_steps)
   rows = dict(
-    t=s.timesteps,
-    x_to_x0=1 / np.sqrt(s.alphas_cumprod),
-    eps_to_x0=np.sqrt(1 / s.alphas_cumprod - 1),
     c1=s.c1,
     c2=s.c2,
     log_beta=s.log_betas,
     log_variance=s.posterior_log_variance,
-    is_noisy=np.arange(steps) > 0,
-    draw=np.arange(steps)[::-1],
+    is_noisy=np.arange(steps) < steps - 1,
+    draw=np.arange(steps),
   )
 
-  def update(x, row, out, z):
-    eps, v = adm.split_output(out, x.shape[-1])
-    x0 = row["x_to_x0"] * x - row["eps_to_x0"] * eps  # (1)
+  def update(x, row, predicted, z):
+    x0, _, v = predicted  # (1)
     x0 = jnp.clip(x0, -1, 1) if clip_denoised else x0
     mean = row["c1"] * x0 + row["c2"] * x  # (2)
     v = 2 * FIXED_F[variance] - 1 if v is None else v
@@ -67,12 +64,4 @@ def make_solver(
     noise = jnp.exp(log_variance / 2) * z
     return mean + jnp.where(row["is_noisy"], noise, 0)  # (4)
 
-  return Solver(
-    rows={name: table[::-1] for name, table in rows.items()},
-    start=lambda noise: noise,
-    query=lambda x, row, z: (x, x, row["t"]),
-    update=update,
-    finish=lambda x: x,
-    num_draws=steps,
-    level="t",
-  )
+  return discrete.make_solver(s, rows, update, num_draws=steps)

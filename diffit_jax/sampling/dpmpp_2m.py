@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffit_jax.diffusion import adm
+from diffit_jax.sampling import discrete
 from diffit_jax.sampling.loop import Solver
 
 
@@ -49,37 +49,31 @@ def make_solver(
 
   Args:
     steps: n, one evaluation each, at most num_train_steps.
-    spacing: which steps, of `adm.SPACINGS`.
+    spacing: which steps, of `spacing.SPACINGS`.
     num_train_steps: T of the schedule the network was trained on.
   """
-  s = adm.sampling_schedule(steps, spacing, num_train_steps)
-  abar = np.append(s.alphas_cumprod[::-1], 1.0)
-  alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
+  s = discrete.descending(steps, spacing, num_train_steps)
+  alpha, sigma = np.append(s.signal, 1.0), np.append(s.sigma, 0.0)
   h = np.diff(np.log(alpha[:-1] / sigma[:-1]))  # of all steps but the last
   extrapolation = np.zeros(steps)
   extrapolation[1:-1] = h[1:] / (2 * h[:-1])
   shrink = sigma[1:] / sigma[:-1]
   rows = dict(
-    t=s.timesteps[::-1],
-    x_to_x0=1 / alpha[:-1],
-    eps_to_x0=sigma[:-1] / alpha[:-1],
     extrapolation=extrapolation,
     x=shrink,
     D=alpha[1:] - shrink * alpha[:-1],  # alpha_{i+1} (1 - e^-h)
   )
-  return Solver(
-    rows=rows,
+  return discrete.make_solver(
+    s,
+    rows,
+    _update,
     start=lambda noise: Carry(x=noise, D=jnp.zeros_like(noise)),
-    query=lambda carry, row, z: (carry, carry.x, row["t"]),
-    update=_update,
-    finish=lambda carry: carry.x,
-    level="t",
+    x_of=lambda carry: carry.x,
   )
 
 
-def _update(carry, row, out, z):
+def _update(carry, row, predicted, z):
   del z
-  eps, _ = adm.split_output(out, carry.x.shape[-1])
-  D = row["x_to_x0"] * carry.x - row["eps_to_x0"] * eps
+  D, *_ = predicted
   extrapolated = D + row["extrapolation"] * (D - carry.D)  # (2)
   return Carry(x=row["x"] * carry.x + row["D"] * extrapolated, D=D)  # (3)

@@ -69,6 +69,10 @@ class Solver:
   def num_evaluations(self) -> int:
     return len(self.levels)
 
+  def num_skipped(self, skip: Skip) -> int:
+    """How many of a run's evaluations the plain denoiser makes."""
+    return sum(j - i for i, j, skipped in stretches(self, skip) if skipped)
+
 
 def run(
   denoiser: Denoiser,
@@ -81,10 +85,14 @@ def run(
   skip: Skip | None = None,
 ) -> jax.Array:
   """Runs (1) over all evaluations; arguments as in `sampling.sample`."""
+  noise = jnp.asarray(noise)
+  if noise.ndim != 4 or not jnp.issubdtype(noise.dtype, jnp.floating):
+    raise UserError(
+      f"noise must be [b, h, w, c] floats, not {noise.dtype} {noise.shape}"
+    )
   if (plain is None) != (skip is None):
     raise UserError("plain and skip belong together: give both or neither")
-  dtype = noise.dtype
-  batch = noise.shape[0]
+  batch, dtype = len(noise), noise.dtype
   draw = _drawer(solver, noise, keys, step_noise)
   rows = {
     name: jnp.asarray(

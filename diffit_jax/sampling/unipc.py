@@ -40,8 +40,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffit_jax.diffusion import adm
 from diffit_jax.errors import UserError
+from diffit_jax.sampling import discrete
 from diffit_jax.sampling.loop import Solver
 
 VARIANTS = {"bh1": lambda h: h, "bh2": lambda h: -np.expm1(-h)}
@@ -71,16 +71,15 @@ def make_solver(
     order: p, 1 to 3.
     variant: "bh1" or "bh2".
     corrector: False leaves out (4).
-    spacing: which steps, of `adm.SPACINGS`.
+    spacing: which steps, of `spacing.SPACINGS`.
     num_train_steps: T of the schedule the network was trained on.
   """
   if order not in (1, 2, 3):
     raise UserError(f"{order=} must be 1, 2 or 3")
   if variant not in VARIANTS:
     raise UserError(f"{variant=} is unknown; allowed: {', '.join(VARIANTS)}")
-  s = adm.sampling_schedule(steps, spacing, num_train_steps)
-  abar = np.append(s.alphas_cumprod[::-1], 1.0)
-  alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
+  s = discrete.descending(steps, spacing, num_train_steps)
+  alpha, sigma = np.append(s.signal, 1.0), np.append(s.sigma, 0.0)
 
   # Weights of x and of D_i, D_{i-1}, .., as far as there are any.
   predict = np.zeros((steps, order + 2))
@@ -93,33 +92,23 @@ def make_solver(
     predict[i, : p + 1] = weights(before)
     x, D, *others, D_next = weights([*before, i + 1])
     correct[i + 1, : p + 2] = x, D_next, D, *others
-  rows = dict(
-    t=s.timesteps[::-1],
-    x_to_x0=1 / alpha[:-1],
-    eps_to_x0=sigma[:-1] / alpha[:-1],
-    predict=predict,
-    correct=correct,
-  )
 
-  def update(carry, row, out, z):
+  def update(carry, row, predicted, z):
     del z
-    eps, _ = adm.split_output(out, carry.x.shape[-1])
-    D = row["x_to_x0"] * carry.x - row["eps_to_x0"] * eps
-    known = (D, *carry.D)
+    known = (predicted[0], *carry.D)
     x = carry.x
     if corrector:
       x = _combine(row["correct"], carry.x_before, known)
     return Carry(x=_combine(row["predict"], x, known), x_before=x, D=known[:-1])
 
-  return Solver(
-    rows=rows,
+  return discrete.make_solver(
+    s,
+    dict(predict=predict, correct=correct),
+    update,
     start=lambda noise: Carry(
       x=noise, x_before=noise, D=(jnp.zeros_like(noise),) * order
     ),
-    query=lambda carry, row, z: (carry, carry.x, row["t"]),
-    update=update,
-    finish=lambda carry: carry.x,
-    level="t",
+    x_of=lambda carry: carry.x,
   )
 
 

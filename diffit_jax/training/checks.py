@@ -3,37 +3,19 @@
 from ml_collections import config_dict
 
 from diffit_jax import models, ranges
-from diffit_jax.diffusion import precond
+from diffit_jax.diffusion import kinds
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.metrics import table
 from diffit_jax.run import ema
 from diffit_jax.run.checkpoint import BEST_BY
-
-# Fields of config.diffusion that only one kind reads.
-DIFFUSIONS = {
-  "edm": ("precond", "sigma_data", "P_mean", "P_std", "augment_prob"),
-  "adm": ("num_steps",),
-}
 
 
 def check_consistent(config: config_dict.ConfigDict) -> None:
   """Refuses fields out of range, and those that do not go together."""
   ranges.check(config)
   model, diffusion = config.model, config.diffusion
-  if diffusion.kind not in DIFFUSIONS:
-    raise UserError(
-      f"diffusion.kind={diffusion.kind!r}: use one of {tuple(DIFFUSIONS)}"
-    )
-  for kind, fields in DIFFUSIONS.items():
-    found = [f for f in fields if kind != diffusion.kind and diffusion.get(f)]
-    if found:
-      raise UserError(
-        f"diffusion.{found[0]}={diffusion[found[0]]!r} is for"
-        f" diffusion.kind={kind!r}, and this is {diffusion.kind!r}: leave it"
-        " out"
-      )
-  if diffusion.kind == "edm":
-    precond.make(diffusion)  # refuses what it does not know
+  kinds.check_fields(diffusion)
+  kinds.make(diffusion)  # refuses what it does not know
   names = tuple(models.NETWORKS[diffusion.kind])
   if model.name not in names:
     raise UserError(

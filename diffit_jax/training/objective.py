@@ -1,19 +1,156 @@
 """From a batch of images or latents to one loss per sample.
 
-Every random draw is keyed on (seed, step, global sample index): the key of the
-step, folded with the sample's index, is split by purpose. So a sample meets the
-same augmentation, noise level, noise and label drop on any number of devices.
+A step's random draws are made apart from its losses, which are then a function
+of arrays alone and can be compared with another program's.
+
+Every draw is keyed on (seed, step, global sample index): the key of the step,
+folded with the sample's index, is split by purpose. So a sample meets the same
+augmentation, noise level, noise and label drop on any number of devices.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+import dataclasses
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffit_jax.diffusion import adm, augment, precond
+from diffit_jax.diffusion import augment, kinds
 
-Loss = Callable[[dict, dict[str, jax.Array], jax.Array], jax.Array]
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+  """Batches with "image" uint8 [b, h, w, c], augmented.
+
+  Attributes:
+    augment_prob: of each augmentation; 0 for none.
+  """
+
+  augment_prob: float
+
+  def shape(self, batch: dict) -> tuple[int, ...]:
+    """[h, w, c] of a sample."""
+    return batch["image"].shape[1:]
+
+  def draws(self, keys: jax.Array, batch: dict) -> dict:
+    """`augment`, as `augment.draw` gives it, where images are augmented."""
+    if not self.augment_prob:
+      return {}
+    return {"augment": augment.draw_keys(keys, self.augment_prob)}
+
+  def clean(self, batch: dict, draws: dict) -> tuple[jax.Array, dict]:
+    """(images in [-1, 1], what else the network is told)."""
+    y = batch["image"].astype(jnp.float32) / 127.5 - 1
+    if "augment" not in draws:
+      return y, {}
+    drawn = draws["augment"]
+    y = augment.augment(y, drawn)
+    return y, {"augment_labels": augment.labels(drawn)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Latents:
+  """Batches with "moments" [b, h, w, 2c] of a VAE: mean, then log-variance.
+
+  Attributes:
+    scaling_factor: of the latents, which are its product with a draw from the
+      posterior.
+  """
+
+  scaling_factor: float
+
+  def shape(self, batch: dict) -> tuple[int, ...]:
+    """[h, w, c] of a sample."""
+    *shape, channels = batch["moments"].shape[1:]
+    return (*shape, channels // 2)
+
+  def draws(self, keys: jax.Array, batch: dict) -> dict:
+    """`posterior_noise`, unit normal [b, h, w, c]."""
+    return {"posterior_noise": normal(keys, self.shape(batch))}
+
+  def clean(self, batch: dict, draws: dict) -> tuple[jax.Array, dict]:
+    """(latents, what else the network is told)."""
+    moments = batch["moments"].astype(jnp.float32)
+    mean, log_variance = jnp.split(moments, 2, axis=-1)
+    std = jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))
+    return self.scaling_factor * (mean + std * draws["posterior_noise"]), {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """The training objective of a diffusion on images or latents.
+
+  Attributes:
+    model: raw network (x, level, labels, and what `data` and dropout add).
+    diffusion: noise levels and loss.
+    data: what a batch holds.
+    label_drop_prob: how often the model is told no label.
+  """
+
+  model: nn.Module
+  diffusion: kinds.Diffusion
+  data: Images | Latents
+  label_drop_prob: float
+
+  def draws(self, step_key: jax.Array, batch: dict[str, jax.Array]) -> dict:
+    """All random draws of a step.
+
+    Args:
+      step_key: typed key of the step.
+      batch: what `data` reads, with "label" int32 [b] and "index" uint32 [b].
+
+    Returns:
+      The noise level ("sigma" or "t") [b]; "noise" [b, h, w, c]; "labels" [b],
+      some dropped, or None without classes; "augment" or "posterior_noise" of
+      `data`; "dropout_key" where the model has dropout.
+    """
+    k_data, k_level, k_noise, k_label = sample_keys(step_key, batch["index"], 4)
+    null_label, labels = self.model.num_classes, None
+    if null_label:
+      prob = self.label_drop_prob
+      labels = drop_labels(k_label, batch["label"], null_label, prob)
+    draws = self.data.draws(k_data, batch) | {"labels": labels}
+    draws[self.diffusion.level] = self.diffusion.sample_level(k_level)
+    draws["noise"] = normal(k_noise, self.data.shape(batch))
+    if getattr(self.model, "dropout", 0):
+      draws["dropout_key"] = step_key  # folded with the sample's index inside
+    return draws
+
+  def losses(
+    self, params, batch: dict[str, jax.Array], draws: dict
+  ) -> jax.Array:
+    """[b] float32 losses of a batch, given the draws."""
+    y, told = self.data.clean(batch, draws)
+    if "dropout_key" in draws:
+      told["sample_index"] = batch["index"]
+      told["rngs"] = {"dropout": draws["dropout_key"]}
+    network = lambda x, level: self.model.apply(
+      {"params": params}, x, level, draws["labels"], **told
+    )
+    level = draws[self.diffusion.level]
+    return self.diffusion.train_losses(network, y, level, draws["noise"])
+
+
+def make(
+  model: nn.Module, config: Mapping, scaling_factor: float | None = None
+) -> Objective:
+  """The objective of a config.
+
+  Args:
+    model: the network.
+    config: the whole config, or its section `diffusion` alone.
+    scaling_factor: of latents; None is that of a whole config's section
+      `autoencoder`, or images.
+  """
+  section = config.get("diffusion", config)
+  is_whole = section is not config
+  if scaling_factor is None and is_whole and kinds.is_latent(config):
+    scaling_factor = config["autoencoder"]["scaling_factor"]
+  data = Latents(scaling_factor)
+  if scaling_factor is None:
+    data = Images(section.get("augment_prob", 0.0))
+  drop_prob = section.get("label_drop_prob", 0.0)
+  return Objective(model, kinds.make(section), data, drop_prob)
 
 
 def sample_keys(step_key: jax.Array, index: jax.Array, num: int) -> jax.Array:
@@ -26,89 +163,6 @@ def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Unit normal draws, one per key: keys [b] -> [b, *shape] float32."""
   draw = lambda key: jax.random.normal(key, shape, jnp.float32)
   return jax.vmap(draw)(keys)
-
-
-def edm_loss(model: nn.Module, config: Mapping) -> Loss:
-  """EDM's training objective on augmented images, or VP's or VE's.
-
-  Args:
-    model: raw network F(x, c_noise, labels, augment_labels, sample_index).
-    config: what `precond.make` reads, augment_prob (0 for no augmentation) and
-      label_drop_prob.
-
-  Returns:
-    loss(params, batch, step_key) -> [b] float32, with batch "image" uint8
-    [b, h, w, c], "label" int32 [b] and "index" uint32 [b].
-  """
-  num_classes, process = model.num_classes, precond.make(config)
-
-  def loss(params, batch, step_key):
-    index = batch["index"]
-    k_augment, k_sigma, k_noise, k_label = sample_keys(step_key, index, 4)
-    y = batch["image"].astype(jnp.float32) / 127.5 - 1
-    augment_labels = None
-    if config["augment_prob"]:
-      drawn = augment.draw_keys(k_augment, config["augment_prob"])
-      y, augment_labels = augment.augment(y, drawn), augment.labels(drawn)
-    labels = None
-    if num_classes:
-      labels = drop_labels(
-        k_label, batch["label"], num_classes, config["label_drop_prob"]
-      )
-    sigma = process.sample_sigma(k_sigma)
-    noise = normal(k_noise, y.shape[1:])
-
-    def network(x, c_noise):
-      return model.apply(
-        {"params": params},
-        x,
-        c_noise,
-        labels,
-        augment_labels,
-        sample_index=index,
-        rngs={"dropout": step_key},
-      )
-
-    x = y + sigma[:, None, None, None] * noise
-    return process.loss(process.denoise(network, x, sigma), y, sigma)
-
-  return loss
-
-
-def adm_loss(model: nn.Module, config: Mapping, scaling_factor: float) -> Loss:
-  """ADM's hybrid loss on latents that are drawn from the VAE's posterior.
-
-  Args:
-    model: raw network (x_t, t, labels) -> eps, or eps and v.
-    config: num_steps and label_drop_prob.
-    scaling_factor: of the latents; x_0 = scaling_factor (mean + std noise).
-
-  Returns:
-    loss(params, batch, step_key) -> [b] float32, with batch "moments"
-    [b, h, w, 2c] (mean, then log-variance), "label" and "index".
-  """
-  schedule = adm.make_schedule(config["num_steps"])
-
-  def loss(params, batch, step_key):
-    index = batch["index"]
-    k_posterior, k_t, k_noise, k_label = sample_keys(step_key, index, 4)
-    moments = batch["moments"].astype(jnp.float32)
-    mean, log_variance = jnp.split(moments, 2, axis=-1)
-    std = jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))
-    shape = mean.shape[1:]
-    x_0 = scaling_factor * (mean + std * normal(k_posterior, shape))
-    t = adm.sample_timesteps(k_t, config["num_steps"])
-    noise = normal(k_noise, shape)
-    labels = None
-    if model.num_classes:
-      labels = drop_labels(
-        k_label, batch["label"], model.num_classes, config["label_drop_prob"]
-      )
-    x_t = schedule.q_sample(x_0, t, noise)
-    output = model.apply({"params": params}, x_t, t, labels)
-    return schedule.losses(output, x_0, t, noise)["loss"]
-
-  return loss
 
 
 def drop_labels(

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffit_jax.diffusion import edm
 from diffit_jax.errors import UserError
 
 NAMES = ("adam", "adamw")
@@ -25,9 +24,9 @@ def learning_rate(
   Returns:
     [] float32; 0 at the first step of a ramp.
   """
+  rate, rampup = jnp.float32(config["learning_rate"]), config["rampup_images"]
   num_images = jnp.asarray(step, jnp.float32) * batch_size
-  factor = edm.learning_rate_factor(num_images, config["rampup_images"])
-  return jnp.float32(config["learning_rate"]) * factor
+  return rate * jnp.minimum(num_images / rampup, 1) if rampup else rate
 
 
 def sanitise(gradients):

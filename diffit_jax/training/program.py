@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from diffit_jax import models
+from diffit_jax.diffusion import kinds
 from diffit_jax.environment import PRNG
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import mesh as mesh_lib
@@ -89,21 +90,17 @@ def build(
 
 def make_loss(
   model: nn.Module, config: config_dict.ConfigDict, mesh: Mesh
-) -> objective.Loss:
+) -> step.Loss:
   """The run's loss with every array kept in its place on the mesh."""
   placed = model.clone(
     constrain=sharding.constrain_batch(mesh),
     map_params=sharding.gather(mesh, model.dtype),
   )
-  if config.diffusion.kind == "edm":
-    loss = objective.edm_loss(placed, config.diffusion)
-  else:
-    scaling_factor = config.autoencoder.scaling_factor
-    loss = objective.adm_loss(placed, config.diffusion, scaling_factor)
+  made = objective.make(placed, config)
 
   def gathered_loss(params, batch, key):
     params = sharding.gather_outside_blocks(mesh, params)
-    return loss(params, batch, key)
+    return made.losses(params, batch, made.draws(key, batch))
 
   return gathered_loss
 
@@ -136,11 +133,11 @@ def batch_shapes(config: config_dict.ConfigDict) -> dict:
     "label": jax.ShapeDtypeStruct((b,), jnp.int32),
     "index": jax.ShapeDtypeStruct((b,), jnp.uint32),
   }
-  if config.diffusion.kind == "edm":
-    image = (b, side, side, channels)
-    return batch | {"image": jax.ShapeDtypeStruct(image, jnp.uint8)}
-  moments = (b, side, side, 2 * channels)
-  return batch | {"moments": jax.ShapeDtypeStruct(moments, jnp.float32)}
+  if kinds.is_latent(config):
+    moments = (b, side, side, 2 * channels)
+    return batch | {"moments": jax.ShapeDtypeStruct(moments, jnp.float32)}
+  image = (b, side, side, channels)
+  return batch | {"image": jax.ShapeDtypeStruct(image, jnp.uint8)}
 
 
 def step_arguments(config: config_dict.ConfigDict, program: Program) -> tuple:

@@ -16,6 +16,7 @@ from diffit_jax.autoencoder import Autoencoder
 from diffit_jax.autoencoder.patch_code import PatchCode
 from diffit_jax.data import dataset as dataset_lib
 from diffit_jax.data import pipeline
+from diffit_jax.diffusion import kinds
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import mesh as mesh_lib
 
@@ -43,7 +44,7 @@ def open_training_set(
       " diffusers folder as --vae=..., or train from prepared latents"
     )
   pixels, kind = side, None
-  if config.diffusion.kind == "adm":
+  if kinds.is_latent(config):
     pixels *= config.autoencoder.down_factor
     kind = None if encodes else "imagenet_latents"
   command = dataset_lib.prepare_command(data.name, data_dir, kind, pixels)
@@ -54,7 +55,7 @@ def open_training_set(
     side *= codec.down_factor
     is_patch = isinstance(codec, PatchCode)
     channels = channels // codec.down_factor**2 if is_patch else 3
-  if encodes or config.diffusion.kind == "edm":
+  if encodes or not kinds.is_latent(config):
     pipeline.check_matches(dataset, side, channels, data.num_classes)
   else:
     pipeline.check_latents(
@@ -81,7 +82,7 @@ def identity(dataset: pipeline.Dataset) -> dict:
 
 def is_encoding(config: config_dict.ConfigDict) -> bool:
   """Whether images are encoded on the fly."""
-  if config.diffusion.kind == "edm":
+  if not kinds.is_latent(config):
     return False
   if config.data.content not in CONTENTS:
     raise UserError(

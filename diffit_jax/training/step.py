@@ -13,7 +13,8 @@ from diffit_jax.parallel.mesh import AXES, batch_sharding, replicated
 from diffit_jax.parallel.sharding import tree_sharding
 from diffit_jax.run import ema as ema_lib
 from diffit_jax.run.state import Monitor, TrainState
-from diffit_jax.training.objective import Loss
+
+Loss = Callable[[dict, dict[str, jax.Array], jax.Array], jax.Array]
 
 
 def make_step(

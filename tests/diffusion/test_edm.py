@@ -1,27 +1,29 @@
-"""EDM's coefficients, noise, loss and ramp against identities and goldens."""
+"""EDM's coefficients, noise and loss against identities and goldens."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffit_jax.diffusion import edm, precond
+from diffit_jax.diffusion import edm
+from diffit_jax.errors import UserError
 
 SIGMA_DATA = 0.5
-PROCESS = precond.make({"sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2})
+CONFIG = {"sigma_data": SIGMA_DATA, "P_mean": -1.2, "P_std": 1.2}
+PROCESS = edm.make(CONFIG)
 SIGMAS = np.float32([0.002, 0.02, 0.1, 0.5, 1.0, 7.0, 80.0])
 # A handful of float32 roundings (6e-8 each) of numbers of order one.
 ROUNDING = 5e-7
 
 
 def test_output_scale_times_weight_is_one():
-  _, c_out, _, _ = edm.precondition(SIGMAS, SIGMA_DATA)
-  weight = edm.loss_weight(SIGMAS, SIGMA_DATA)
+  _, c_out, _, _ = PROCESS.coefficients(SIGMAS)
+  weight = PROCESS.loss_weight(SIGMAS)
   np.testing.assert_allclose(c_out**2 * weight, 1, rtol=ROUNDING)
 
 
 def test_network_sees_and_answers_unit_variance():
-  c_skip, c_out, c_in, _ = edm.precondition(SIGMAS, SIGMA_DATA)
+  c_skip, c_out, c_in, _ = PROCESS.coefficients(SIGMAS)
   # Var(c_in x), and Var(F) for the F that gives D = y: (y - c_skip x) / c_out.
   input_variance = c_in**2 * (SIGMA_DATA**2 + SIGMAS**2)
   target_variance = (
@@ -46,8 +48,8 @@ def test_network_sees_and_answers_unit_variance():
 )
 def test_coefficients(sigma, expected):
   *coefficients, weight = (
-    *edm.precondition(jnp.float32(sigma), SIGMA_DATA),
-    edm.loss_weight(jnp.float32(sigma), SIGMA_DATA),
+    *PROCESS.coefficients(jnp.float32(sigma)),
+    PROCESS.loss_weight(jnp.float32(sigma)),
   )
   assert all(c.dtype == jnp.float32 for c in coefficients)
   np.testing.assert_allclose(
@@ -56,7 +58,7 @@ def test_coefficients(sigma, expected):
 
 
 def test_coefficients_are_float32_for_bfloat16_noise_levels():
-  assert edm.precondition(jnp.bfloat16(1), 0.5)[0].dtype == jnp.float32
+  assert PROCESS.coefficients(jnp.bfloat16(1))[0].dtype == jnp.float32
 
 
 def test_denoiser_of_gaussian_data():
@@ -65,7 +67,7 @@ def test_denoiser_of_gaussian_data():
   s, sigma = 0.8, jnp.float32([0.05, 1.3])
   x = jnp.sin(jnp.arange(2 * 3 * 4 * 2.0)).reshape(2, 3, 4, 2)
   exact = s**2 * x / (s**2 + sigma**2)[:, None, None, None]
-  c_skip, c_out, c_in, _ = edm.precondition(sigma, SIGMA_DATA)
+  c_skip, c_out, c_in, _ = PROCESS.coefficients(sigma)
   slope = (s**2 / (s**2 + sigma**2) - c_skip) / (c_out * c_in)
 
   def network(x_in, c_noise):
@@ -99,7 +101,7 @@ def test_float64_stays_float64():
 
 def test_noise_levels_follow_their_distribution():
   keys = jax.random.split(jax.random.key(0), 20_000)
-  sigma = jax.jit(lambda k: edm.sample_sigma(k, P_mean=-1.2, P_std=1.2))(keys)
+  sigma = jax.jit(PROCESS.sample_level)(keys)
   log = np.log(np.asarray(sigma, np.float64))
   assert sigma.dtype == jnp.float32
   # Four standard errors: 1.2 / sqrt(20000) and 1.2 / sqrt(40000).
@@ -109,8 +111,8 @@ def test_noise_levels_follow_their_distribution():
 
 def test_noise_level_is_of_its_key_alone_and_log_normal():
   keys = jax.random.split(jax.random.key(1), 4)
-  all_four = edm.sample_sigma(keys, P_mean=-1.2, P_std=1.2)
-  third = edm.sample_sigma(keys[2:3], P_mean=-1.2, P_std=1.2)
+  all_four = PROCESS.sample_level(keys)
+  third = PROCESS.sample_level(keys[2:3])
   assert all_four[2] == third[0]
   n = [jax.random.normal(key) for key in keys]
   np.testing.assert_allclose(
@@ -130,10 +132,84 @@ def test_loss_sums_over_the_image():
   )
 
 
-@pytest.mark.parametrize(
-  "seen, factor", [(0, 0), (1e6, 0.1), (5e6, 0.5), (10e6, 1), (200e6, 1)]
-)
-def test_learning_rate_ramp(seen, factor):
-  ramp = jax.jit(lambda n: edm.learning_rate_factor(n, 10_000_000))
-  np.testing.assert_allclose(ramp(int(seen)), factor, rtol=1e-7)
-  assert edm.learning_rate_factor(int(seen), 0) == 1
+# --- VP and VE, and what is true of all three --------------------------------
+
+
+def make(kind):
+  return edm.make(CONFIG | {"precond": kind})
+
+
+def test_vp_golden():
+  with jax.enable_x64(True):
+    t = jnp.array([1.0, 0.5, 1e-3, 1e-5])
+    expected = [152.1669702839, 3.412918309, 0.01048599279, 0.001000497627]
+    np.testing.assert_allclose(edm.vp_sigma(t), expected, rtol=1e-9)
+    np.testing.assert_allclose(edm.vp_time(edm.vp_sigma(t)), t)
+    c_skip, c_out, c_in, c_noise = make("vp").coefficients(jnp.float64(1))
+    np.testing.assert_allclose(c_noise, 258.7013021704, rtol=1e-12)
+    np.testing.assert_allclose((c_skip, c_out, c_in**2), (1, -1, 0.5))
+
+
+def test_ve_golden():
+  c_skip, c_out, c_in, c_noise = make("ve").coefficients(jnp.float32(1))
+  np.testing.assert_allclose(c_noise, -0.6931471806, rtol=1e-6)
+  assert (c_skip, c_out, c_in) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("kind", edm.PRECONDS)
+def test_the_weight_makes_the_networks_error_count_alike(kind):
+  """c_out^2 times the weight is 1 at every level."""
+  process, sigma = make(kind), jnp.geomspace(0.002, 80, 50)
+  c_out = process.coefficients(sigma)[1]
+  np.testing.assert_allclose(c_out**2 * process.loss_weight(sigma), 1, 1e-5)
+
+
+@pytest.mark.parametrize("kind", edm.PRECONDS)
+def test_the_perfect_network_has_no_loss(kind):
+  """F = (y - c_skip x) / c_out makes D = y."""
+  process = make(kind)
+  y = jax.random.normal(jax.random.key(0), (5, 4, 4, 3))
+  sigma = jnp.geomspace(0.05, 20, 5)
+  x = y + sigma[:, None, None, None]
+  c_skip, c_out, c_in, c_noise = (
+    c[:, None, None, None] for c in process.coefficients(sigma)
+  )
+
+  def network(scaled, level):
+    np.testing.assert_allclose(scaled, c_in * x, rtol=1e-6)
+    np.testing.assert_array_equal(level, c_noise[:, 0, 0, 0])
+    return (y - c_skip * x) / c_out
+
+  D = process.denoise(network, x, sigma)
+  np.testing.assert_allclose(D, y, atol=2e-5)
+  assert process.loss(D, y, sigma).max() < 1e-6
+  off = process.loss(y + 0.1, y, sigma)
+  want = process.loss_weight(sigma) * 0.01 * 48
+  np.testing.assert_allclose(off, want, rtol=1e-4)
+
+
+def test_noise_levels_of_training():
+  keys = jax.random.split(jax.random.key(1), 20_000)
+  ve = np.log(make("ve").sample_level(keys))
+  assert np.log(0.02) <= ve.min() and ve.max() <= np.log(100)
+  np.testing.assert_allclose(
+    np.quantile(ve, [0.25, 0.5, 0.75]),
+    np.log(0.02) + np.log(5000) * np.array([0.25, 0.5, 0.75]),
+    atol=0.1,  # 4 standard errors
+  )
+  t = edm.vp_time(make("vp").sample_level(keys))
+  np.testing.assert_allclose(
+    np.quantile(t, [0, 0.25, 0.5, 0.75, 1]),
+    [0, 0.25, 0.5, 0.75, 1],
+    atol=0.015,
+  )
+
+
+def test_edm_is_the_default_and_others_are_refused():
+  sigma = jnp.array([0.1, 3.0])
+  for default, named in zip(
+    PROCESS.coefficients(sigma), make("edm").coefficients(sigma)
+  ):
+    np.testing.assert_array_equal(default, named)
+  with pytest.raises(UserError, match="diffusion.precond='ddpm': use one of"):
+    make("ddpm")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diffit_jax.diffusion import guidance
+from diffit_jax.diffusion.guidance import Guidance
 from diffit_jax.errors import UserError
 
 SHAPE = (3, 2, 2, 8)
@@ -74,9 +75,8 @@ BUMP = {
 @pytest.mark.parametrize("t, bump", BUMP.items())
 def test_power_cosine_shape(t, bump):
   scale = 1e6  # so large that the 1 in s = 1 + scale bump hides no digits
-  s = guidance.guidance_scale(
-    jnp.array([t]), scale=scale + 1, schedule="power_cosine"
-  )
+  rule = Guidance(scale + 1, schedule="power_cosine")
+  s = rule.scale_at(jnp.array([t]))
   np.testing.assert_allclose(s, [1 + scale * bump], rtol=1e-6)
 
 
@@ -89,17 +89,14 @@ def test_power_cosine_shape(t, bump):
 )
 def test_power_cosine_table(scale, expected):
   t = jnp.array([0, 100, 250, 500, 750, 999])
-  s = jax.jit(
-    lambda t: guidance.guidance_scale(
-      t, scale=scale, schedule="power_cosine", power=4.0
-    )
-  )(t)
+  rule = Guidance(scale, schedule="power_cosine", power=4.0)
+  s = jax.jit(rule.scale_at)(t)
   np.testing.assert_allclose(s, expected, rtol=3e-7)  # float32
 
 
 def test_constant_scale_needs_no_timestep():
-  assert guidance.guidance_scale(None, scale=1.49) == np.float32(1.49)
-  assert guidance.guidance_scale(T, scale=1.49).shape == (3,)
+  assert Guidance(1.49).scale_at(None) == np.float32(1.49)
+  assert Guidance(1.49).scale_at(T).shape == (3,)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +130,7 @@ def test_guided_equals_two_runs():
     return network(x, level, labels)
 
   cfg = dict(scale=2.5, channels=3)
-  out = guidance.guided(counting, labels, 10, **cfg)(x, level)
+  out = Guidance(**cfg).denoiser(counting, labels, 10)(x, level)
   expected = guidance.apply_cfg(
     network(x, level, labels),
     network(x, level, jnp.full(3, 10)),
@@ -146,16 +143,16 @@ def test_guided_equals_two_runs():
 
 def test_guided_runs_single_rows_at_scale_one():
   x, level, labels = COND, jnp.ones(3), jnp.array([1, 2, 3])
-  out = guidance.guided(network, labels, 10, scale=1)(x, level)
+  out = Guidance(1).denoiser(network, labels, 10)(x, level)
   np.testing.assert_array_equal(out, network(x, level, labels))
   unconditional = lambda x, level, labels: x if labels is None else None
-  out = guidance.guided(unconditional, None, 0, scale=1.0)(x, level)
+  out = Guidance(1.0).denoiser(unconditional, None, 0)(x, level)
   np.testing.assert_array_equal(out, x)
 
 
 def test_guided_without_labels():
   with pytest.raises(UserError, match="scale=2.0 needs labels"):
-    guidance.guided(network, None, 10, scale=2.0)
+    Guidance(2.0).denoiser(network, None, 10)
 
 
 # --- an interval of noise levels, and what may be skipped --------------------
@@ -165,16 +162,15 @@ def test_guided_without_labels():
 def test_interval_has_its_ends_and_no_more(schedule):
   t = jnp.array([99, 100, 400, 700, 701])
   cfg = dict(scale=3.0, schedule=schedule)
-  s = guidance.guidance_scale(t, **cfg, interval=(100, 700))
+  s = Guidance(**cfg, interval=(100, 700)).scale_at(t)
   np.testing.assert_array_equal(s[jnp.array([0, 4])], 1)
-  np.testing.assert_array_equal(s[1:4], guidance.guidance_scale(t, **cfg)[1:4])
+  np.testing.assert_array_equal(s[1:4], Guidance(**cfg).scale_at(t)[1:4])
   assert s.dtype == jnp.float32 and np.all(s[1:4] > 1)
 
 
 def test_interval_of_sigmas():
-  s = guidance.guidance_scale(
-    jnp.array([80.0, 2.0, 0.01]), scale=2.0, interval=(0.28, 2.9)
-  )
+  rule = Guidance(2.0, interval=(0.28, 2.9))
+  s = rule.scale_at(jnp.array([80.0, 2.0, 0.01]))
   np.testing.assert_array_equal(s, [1, 2, 1])
 
 
@@ -191,8 +187,8 @@ def test_prediction_outside_of_the_interval_is_the_conditional():
 def test_skippable_is_where_the_scale_is_one(schedule, interval, tolerance):
   cfg = dict(scale=4.4, schedule=schedule, interval=interval)
   t = np.arange(1000)
-  skipped = guidance.skippable(t, **cfg, tolerance=tolerance)
-  s = np.float64(guidance.guidance_scale(t, **cfg))
+  skipped = Guidance(**cfg, tolerance=tolerance).skippable(t)
+  s = np.float64(Guidance(**cfg).scale_at(t))
   # A step or two may fall either way: jax's float32 and numpy's float64.
   expected = np.abs(s - 1) <= tolerance
   assert np.count_nonzero(skipped != expected) <= 2
@@ -202,13 +198,12 @@ def test_skippable_is_where_the_scale_is_one(schedule, interval, tolerance):
 def test_skippable_is_known_while_tracing():
   @jax.jit
   def run(x):
-    skipped = guidance.skippable(
-      np.array([900.0, 10.0]), scale=2.0, interval=(0, 500)
-    )
+    rule = Guidance(2.0, interval=(0, 500))
+    skipped = rule.skippable(np.array([900.0, 10.0]))
     return x if list(skipped) == [True, False] else None
 
   assert run(1.0) == 1.0
-  assert guidance.skippable(np.arange(3), scale=1.0).all()
+  assert Guidance(1.0).skippable(np.arange(3)).all()
 
 
 @pytest.mark.parametrize(
@@ -220,11 +215,11 @@ def test_skippable_is_known_while_tracing():
     (dict(schedule="cosine"), "constant, power_cosine"),
   ],
 )
-def test_mistakes_of_skippable(kwargs, message):
+def test_mistakes_of_a_rule(kwargs, message):
   with pytest.raises(UserError, match=message):
-    guidance.skippable(np.arange(3), **{"scale": 2.0, **kwargs})
+    Guidance(**{"scale": 2.0, **kwargs})
 
 
 def test_interval_needs_the_level():
   with pytest.raises(UserError, match="needs the timestep"):
-    guidance.guidance_scale(None, scale=2.0, interval=(0, 1))
+    Guidance(2.0, interval=(0, 1)).scale_at(None)

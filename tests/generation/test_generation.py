@@ -16,6 +16,8 @@ from configs import digits
 from diffit_jax import claim, models
 from diffit_jax.errors import UserError
 from diffit_jax.generation import generator, job, output, weights
+from diffit_jax.generation.labels import choose_labels
+from diffit_jax.generation.options import SamplerOptions
 from diffit_jax.interop import files, native
 from diffit_jax.parallel.mesh import make_mesh
 from diffit_jax.stop import Stopped
@@ -148,7 +150,7 @@ class TestGenerator:
     with config.unlocked():
       config.sampler.update(fields)
     with pytest.raises(UserError, match=message):
-      generator.SamplerOptions.from_config(config)
+      SamplerOptions.from_config(config)
 
   def test_samples_that_are_not_finite_are_refused(self, loaded):
     params = jax.tree.map(lambda a: a * np.nan, loaded.params)
@@ -167,12 +169,12 @@ class TestGenerator:
 
 class TestLabels:
   def test_dealt_out_in_turn(self):
-    choose = lambda text: generator.choose_labels(np.arange(5), 0, 10, text)
+    choose = lambda text: choose_labels(np.arange(5), 0, 10, text)
     assert choose("3").tolist() == [3] * 5
     assert choose("0-2,7").tolist() == [0, 1, 2, 7, 0]
 
   def test_random_labels_follow_the_index_and_are_uniform(self):
-    choose = lambda index: generator.choose_labels(index, 1, 10)
+    choose = lambda index: choose_labels(index, 1, 10)
     many = choose(np.arange(5000))
     np.testing.assert_array_equal(choose(np.array([70, 3])), many[[70, 3]])
     counts = np.bincount(many, minlength=10)
@@ -181,18 +183,18 @@ class TestLabels:
   @pytest.mark.parametrize("text", ["11", "-1", "0-11", "a", "", "3-1"])
   def test_labels_out_of_range_are_refused(self, text):
     with pytest.raises(UserError, match="labels"):
-      generator.choose_labels(np.arange(2), 0, 10, text)
+      choose_labels(np.arange(2), 0, 10, text)
 
   def test_the_number_of_classes_is_no_class(self):
-    assert generator.choose_labels(np.arange(2), 0, 10, "10").tolist() == [
+    assert choose_labels(np.arange(2), 0, 10, "10").tolist() == [
       10,
       10,
     ]
 
   def test_unconditional_models_take_none(self):
-    assert generator.choose_labels(np.arange(2), 0, 0).tolist() == [0, 0]
+    assert choose_labels(np.arange(2), 0, 0).tolist() == [0, 0]
     with pytest.raises(UserError, match="unconditional"):
-      generator.choose_labels(np.arange(2), 0, 0, "3")
+      choose_labels(np.arange(2), 0, 0, "3")
 
 
 def run_job(loaded, out, num=10, **kwargs):

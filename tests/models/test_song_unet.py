@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffit_jax.diffusion import precond
+from diffit_jax.diffusion import edm
 from diffit_jax.models import embeddings
 from diffit_jax.models.baselines import song_unet
 from diffit_jax.models.baselines.song_unet import SongUNet
@@ -115,7 +115,7 @@ def test_golden(pyramid, raw, raw_first, plain, labelled, fixed_frequencies):
   def denoise(labels):
     network = lambda x, c_noise: apply(x, c_noise, None, labels)
     sigma = jnp.array([0.7, 3.0])
-    process = precond.make({"sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2})
+    process = edm.make({"sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2})
     return process.denoise(network, x, sigma)
 
   D = denoise(None)

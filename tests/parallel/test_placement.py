@@ -84,13 +84,12 @@ def reference():
   for name in CONFIGS:
     config = make_config(name)
     program = program_lib.build(config, jax.devices()[:1])
-    if name == "digits":
-      loss = objective.edm_loss(program.model, config.diffusion)
-    else:
-      loss = objective.adm_loss(
-        program.model, config.diffusion, config.autoencoder.scaling_factor
-      )
-    mean = lambda p, b, loss=loss: jnp.mean(loss(p, b, jax.random.key(0)))
+    made = objective.make(program.model, config)
+
+    def mean(params, batch, made=made):
+      draws = made.draws(jax.random.key(0), batch)
+      return jnp.mean(made.losses(params, batch, draws))
+
     found[name] = jax.device_get(
       jax.jit(jax.value_and_grad(mean))(
         random_params(program), random_batch(config)

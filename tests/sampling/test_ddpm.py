@@ -113,8 +113,10 @@ def test_network_sees_the_original_steps_and_is_traced_once():
   jax.effects_barrier()
   expected = adm.make_schedule(1000, 250).timesteps[::-1]
   np.testing.assert_array_equal(np.stack(seen), np.stack([expected] * 3, 1))
-  np.testing.assert_array_equal(sampling.levels("ddpm", 250), expected)
-  assert sampling.num_evaluations("ddpm", 250) == 250
+  np.testing.assert_array_equal(
+    sampling.make_solver("ddpm", 250).levels, expected
+  )
+  assert sampling.make_solver("ddpm", 250).num_evaluations == 250
   assert vp.traced_calls(run) == [(vp.SHAPE, jnp.float32, (3,), jnp.int32)]
 
 

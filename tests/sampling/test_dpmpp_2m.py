@@ -124,4 +124,4 @@ def test_traced_once(spacing, dtype):
     denoiser, "dpmpp_2m", jnp.zeros(vp.SHAPE), steps=20, spacing=spacing
   )
   assert vp.traced_calls(run) == [(vp.SHAPE, jnp.float32, (3,), dtype)]
-  assert sampling.num_evaluations("dpmpp_2m", 20) == 20
+  assert sampling.make_solver("dpmpp_2m", 20).num_evaluations == 20

@@ -71,9 +71,9 @@ def test_noise_levels():
 
 
 def test_number_of_evaluations():
-  assert sampling.num_evaluations("edm_heun", 18) == 35
-  assert sampling.num_evaluations("edm_heun", 40) == 79
-  assert sampling.num_evaluations("edm_heun", 1) == 1
+  assert sampling.make_solver("edm_heun", 18).num_evaluations == 35
+  assert sampling.make_solver("edm_heun", 40).num_evaluations == 79
+  assert sampling.make_solver("edm_heun", 1).num_evaluations == 1
 
 
 # --- closed forms -----------------------------------------------------------

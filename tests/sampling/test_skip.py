@@ -9,7 +9,7 @@ import pytest
 
 from commands import AS_USERS
 from diffit_jax import sampling
-from diffit_jax.diffusion import guidance
+from diffit_jax.diffusion.guidance import Guidance
 from diffit_jax.errors import UserError
 import vp_problems as vp
 
@@ -39,8 +39,8 @@ def both(rows=None, network=network, **cfg):
     return network(x, level, labels)
 
   return (
-    guidance.guided(counted, LABELS, 3, **cfg),
-    guidance.guided(counted, LABELS, 3, scale=1),
+    Guidance(**cfg).denoiser(counted, LABELS, 3),
+    Guidance().denoiser(counted, LABELS, 3),
   )
 
 
@@ -48,7 +48,7 @@ def both(rows=None, network=network, **cfg):
 def test_interval_of_guidance(solver):
   options, interval = RUNS[solver]
   cfg = dict(scale=2.5, interval=interval)
-  skip = functools.partial(guidance.skippable, **cfg)
+  skip = Guidance(**cfg).skippable
   rows = []
   guided, plain = both(rows, **cfg)
 
@@ -66,11 +66,13 @@ def test_interval_of_guidance(solver):
   largest = np.abs(whole).max()
   np.testing.assert_allclose(split / largest, whole / largest, atol=4e-6)
 
-  levels = sampling.levels(solver, **options)
+  levels = sampling.make_solver(solver, **options).levels
   outside = (levels < interval[0]) | (levels > interval[1])
   np.testing.assert_array_equal(skip(levels), outside)
   assert 0 < outside.sum() < len(levels)
-  assert sampling.num_skipped(solver, skip=skip, **options) == outside.sum()
+  assert (
+    sampling.make_solver(solver, **options).num_skipped(skip) == outside.sum()
+  )
 
   # The interval matters, and so does what is within.
   everywhere, _ = both(scale=2.5)
@@ -85,7 +87,7 @@ def test_carry_and_draws_pass_from_stretch_to_stretch(solver):
   """With one denoiser in all stretches they are the whole, bit for bit."""
   options, interval = RUNS[solver]
   _, plain = both(scale=2.0)
-  skip = functools.partial(guidance.skippable, scale=2.0, interval=interval)
+  skip = Guidance(scale=2.0, interval=interval).skippable
   run = lambda **split: sampling.sample(
       plain, solver, vp.noise_of(), **options, **split,
       step_noise=vp.noise_of(1, (12, *vp.SHAPE)),
@@ -95,7 +97,7 @@ def test_carry_and_draws_pass_from_stretch_to_stretch(solver):
 
 def test_power_cosine_skips_high_noise():
   cfg = dict(scale=4.4, schedule="power_cosine")
-  skip = functools.partial(guidance.skippable, **cfg)
+  skip = Guidance(**cfg).skippable
   rows = []
   guided, plain = both(
     rows, lambda x, t, labels: network(x, t / 1000, labels), **cfg
@@ -113,7 +115,7 @@ def test_power_cosine_skips_high_noise():
   largest = np.abs(whole).max()
   np.testing.assert_allclose(exact / largest, whole / largest, atol=4e-6)
   # A tolerance changes samples by about as much as it says.
-  loose = run(functools.partial(skip, tolerance=1e-3))
+  loose = run(Guidance(**cfg, tolerance=1e-3).skippable)
   assert 1e-6 < np.abs(loose - whole).max() / largest < 5e-3
 
 
@@ -121,11 +123,10 @@ def test_power_cosine_skips_high_noise():
   "tolerance, skipped", [(0.0, 24), (1e-4, 61), (1e-3, 81), (1e-2, 108)]
 )
 def test_how_much_power_cosine_skips(tolerance, skipped):
-  skip = functools.partial(
-      guidance.skippable, scale=4.4, schedule="power_cosine",
-      tolerance=tolerance,
-  )  # fmt: skip
-  assert sampling.num_skipped("ddpm", 250, skip) == skipped
+  rule = Guidance(4.4, schedule="power_cosine", tolerance=tolerance)
+  assert (
+    sampling.make_solver("ddpm", 250).num_skipped(rule.skippable) == skipped
+  )
   # By hand: |s - 1| = 3.4 sin(pi/2 c^4)^2 <= tolerance, c = 1 - t/1000, where
   # float32 knows no smaller s - 1 than 6e-8, half of the distance to the next.
   bound = max(tolerance, 2.0**-24)
@@ -148,8 +149,8 @@ def test_all_or_nothing_is_one_stretch():
 def test_levels_that_go_to_and_fro_cost_few_stretches():
   """Churn raises noise over an end of the interval again and again."""
   options = dict(steps=200, S_churn=60.0)
-  levels = sampling.levels("edm_heun", **options)
-  skip = functools.partial(guidance.skippable, scale=2.0, interval=(1.0, 20.0))
+  levels = sampling.make_solver("edm_heun", **options).levels
+  skip = Guidance(scale=2.0, interval=(1.0, 20.0)).skippable
   assert np.count_nonzero(np.diff(skip(levels))) > 4
   rows = []
   guided, plain = both(rows, scale=2.0, interval=(1.0, 20.0))
@@ -158,7 +159,7 @@ def test_levels_that_go_to_and_fro_cost_few_stretches():
       step_noise=vp.noise_of(1, (200, *vp.SHAPE)), **options,
   )  # fmt: skip
   assert rows == [3, 6, 3]
-  skipped = sampling.num_skipped("edm_heun", skip=skip, **options)
+  skipped = sampling.make_solver("edm_heun", **options).num_skipped(skip)
   lost = skip(levels).sum() - skipped
   assert 0 < lost < 0.05 * len(levels)
 

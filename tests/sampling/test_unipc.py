@@ -129,7 +129,7 @@ def test_one_evaluation_per_step_traced_once():
     denoiser, "unipc", jnp.zeros(vp.SHAPE), steps=20, order=3
   )
   assert vp.traced_calls(run) == [(vp.SHAPE, jnp.float32, (3,), jnp.int32)]
-  assert sampling.num_evaluations("unipc", 20, order=3) == 20
+  assert sampling.make_solver("unipc", 20, order=3).num_evaluations == 20
 
 
 @pytest.mark.parametrize(

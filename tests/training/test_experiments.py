@@ -11,6 +11,7 @@ import commands
 from configs.experiments import EXPERIMENTS, SWEEPS
 from diffit_jax.errors import UserError
 from diffit_jax.generation import generator
+from diffit_jax.generation.options import SamplerOptions
 from diffit_jax.parallel import mesh
 from diffit_jax.planning import listing
 from diffit_jax.run import state as state_lib
@@ -113,7 +114,7 @@ def test_the_full_config_builds_and_counts(name):
   found = sum(leaf.size for leaf in leaves)
   assert KNOWN.get(name, found) == found
   assert {leaf.dtype for leaf in leaves} == {np.dtype(np.float32)}
-  generator.SamplerOptions.from_config(config)
+  SamplerOptions.from_config(config)
 
 
 @pytest.mark.parametrize(

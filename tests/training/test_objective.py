@@ -9,33 +9,40 @@ import pytest
 
 from configs import digits, digits_latent, ffhq64
 from diffit_jax import models
-from diffit_jax.diffusion import adm
+from diffit_jax.diffusion import adm, augment
 from diffit_jax.interop import files
 from diffit_jax.training import objective
 
 EDM = dict(
-  sigma_data=0.5, P_mean=-1.2, P_std=1.2, augment_prob=0.0, label_drop_prob=0.1
+  kind="edm",
+  sigma_data=0.5,
+  P_mean=-1.2,
+  P_std=1.2,
+  augment_prob=0.0,
+  label_drop_prob=0.1,
 )
+ADM = dict(kind="adm", num_steps=1000, label_drop_prob=0.1)
 KEY = jax.random.key(7)
 
 
 class Recorder:
   """A network that keeps what it is given and answers with zeros."""
 
-  def __init__(self, num_classes=0, channels_out=1):
+  def __init__(self, num_classes=0, channels_out=1, dropout=0.0):
     self.num_classes, self.channels_out = num_classes, channels_out
+    self.dropout = dropout
 
-  def apply(self, variables, x, level, *rest, **named):
-    self.seen = types.SimpleNamespace(x=x, level=level, rest=rest, **named)
+  def apply(self, variables, x, level, labels, **named):
+    self.seen = types.SimpleNamespace(x=x, level=level, labels=labels, **named)
     return jnp.zeros((*x.shape[:-1], self.channels_out))
 
-  def compute(self, make_loss, *args):
-    """Losses of `make_loss(self, *args)`; `seen` then holds plain arrays."""
-    loss = make_loss(self, *args)
+  def compute(self, *args):
+    """Losses of `make(self, *args)`; `seen` then holds plain arrays."""
+    made = objective.make(self, *args)
 
     @jax.jit
     def run(batch):
-      losses = loss({}, batch, KEY)
+      losses = made.losses({}, batch, made.draws(KEY, batch))
       self.rngs = vars(self.seen).pop("rngs", None)
       return losses, vars(self.seen)
 
@@ -59,8 +66,8 @@ def image_batch(n, side=4, channels=1):
 
 def test_edm_loss_is_the_weighted_error_of_the_denoiser():
   """With F = 0 the denoiser is c_skip x, and all else can be read off."""
-  batch, network = image_batch(6), Recorder()
-  losses = network.compute(objective.edm_loss, EDM)(batch)
+  batch, network = image_batch(6), Recorder(dropout=0.1)
+  losses = network.compute(EDM)(batch)
   sigma = np.exp(4 * np.asarray(network.seen.level, np.float64))
   variance = sigma**2 + 0.25
   x = network.seen.x * np.sqrt(variance)[:, None, None, None]  # 1 / c_in
@@ -78,7 +85,7 @@ def test_edm_loss_is_the_weighted_error_of_the_denoiser():
 
 def test_noise_levels_are_log_normal():
   network = Recorder()
-  network.compute(objective.edm_loss, EDM)(image_batch(4000, side=1))
+  network.compute(EDM)(image_batch(4000, side=1))
   log_sigma = 4 * np.asarray(network.seen.level)
   # Standard errors 0.019 and 0.013.
   assert abs(log_sigma.mean() + 1.2) < 0.1 and abs(log_sigma.std() - 1.2) < 0.07
@@ -90,12 +97,11 @@ def test_labels_are_dropped_at_the_given_rate(kind):
   network = Recorder(num_classes=10, channels_out=2)
   if kind == "edm":
     network.channels_out = 1
-    network.compute(objective.edm_loss, EDM)(batch)
+    network.compute(EDM)(batch)
   else:
     batch["moments"] = jnp.zeros((n, 1, 1, 2))
-    config = dict(num_steps=1000, label_drop_prob=0.1)
-    network.compute(objective.adm_loss, config, 1.0)(batch)
-  labels = np.asarray(network.seen.rest[0])
+    network.compute(ADM, 1.0)(batch)
+  labels = np.asarray(network.seen.labels)
   dropped = labels == 10
   assert abs(dropped.mean() - 0.1) < 0.025  # a standard error of 0.005
   np.testing.assert_array_equal(labels[~dropped], batch["label"][~dropped])
@@ -104,12 +110,12 @@ def test_labels_are_dropped_at_the_given_rate(kind):
 def test_augmentation_reaches_image_and_labels():
   config = dict(EDM, augment_prob=1.0)
   network, batch = Recorder(channels_out=3), image_batch(8, 8, 3)
-  network.compute(objective.edm_loss, config)(batch)
-  augment_labels = np.asarray(network.seen.rest[1])
+  network.compute(config)(batch)
+  augment_labels = np.asarray(network.seen.augment_labels)
   assert augment_labels.shape == (8, 9) and np.abs(augment_labels).max() > 0.1
   plain = Recorder(channels_out=3)
-  plain.compute(objective.edm_loss, EDM)(batch)
-  assert plain.seen.rest[1] is None
+  plain.compute(EDM)(batch)
+  assert not hasattr(plain.seen, "augment_labels")
   # Same noise level and noise: what differs is the image alone.
   np.testing.assert_array_equal(plain.seen.level, network.seen.level)
   assert np.abs(plain.seen.x - network.seen.x).max() > 0.1
@@ -121,8 +127,7 @@ def test_latents_are_drawn_from_the_scaled_posterior():
   moments[..., :2], moments[..., 2:] = 3.0, 2 * np.log(0.5)  # mean 3, std 0.5
   batch = image_batch(n, side=1) | {"moments": jnp.asarray(moments)}
   network = Recorder(num_classes=10, channels_out=4)
-  config = dict(num_steps=1000, label_drop_prob=0.1)
-  losses = network.compute(objective.adm_loss, config, scale)(batch)
+  losses = network.compute(ADM, scale)(batch)
   assert losses.shape == (n,)
   t = np.asarray(network.seen.level)
   assert t.min() >= 0 and t.max() <= 999 and abs(t.mean() - 499.5) < 30
@@ -153,16 +158,91 @@ def test_a_sample_meets_the_same_draws_in_any_row(name):
   )
   side, channels = config.data.resolution, config.model.channels
   batch = image_batch(4, side, channels)
-  if config.diffusion.kind == "edm":
-    loss = objective.edm_loss(model, config.diffusion)
-  else:
+  if config.diffusion.kind == "adm":
     moments = rng.normal(size=(4, side, side, 2 * channels))
     batch["moments"] = jnp.asarray(moments, jnp.float32)
-    loss = objective.adm_loss(model, config.diffusion, 1.0)
-  loss = jax.jit(loss)
+  made = objective.make(model, config)
+  loss = jax.jit(lambda p, b, key: made.losses(p, b, made.draws(key, b)))
   order = np.array([2, 0, 3, 1])
   moved = {key: value[order] for key, value in batch.items()}
   whole = loss(params, batch, KEY)
   np.testing.assert_allclose(loss(params, moved, KEY), whole[order], rtol=1e-5)
   other = loss(params, batch | {"index": batch["index"] + 1}, KEY)
   assert (np.abs(other / whole - 1) > 1e-3).all()
+
+
+def flat(draws):
+  return {
+    jax.tree_util.keystr(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(draws)
+  }
+
+
+@pytest.mark.parametrize("kind", ["edm", "adm"])
+def test_draws_are_those_of_their_keys(kind):
+  """By hand from fold_in(step key, index), split into four purposes."""
+  batch = image_batch(3, side=2, channels=2)
+  batch["moments"] = jnp.ones((3, 2, 2, 4))
+  network = Recorder(num_classes=10, channels_out=2, dropout=0.1)
+  if kind == "edm":
+    made = objective.make(network, dict(EDM, augment_prob=0.5))
+  else:
+    made = objective.make(network, ADM, 0.5)
+  draws = jax.jit(made.draws)(KEY, batch)
+  assert draws.pop("dropout_key") == KEY
+  expected = []
+  for index, label in zip(batch["index"], batch["label"]):
+    data, level, noise, dropped = jax.random.split(
+      jax.random.fold_in(KEY, index), 4
+    )
+    drop = jax.random.bernoulli(dropped, jnp.float32(0.1))
+    one = {
+      "noise": jax.random.normal(noise, (2, 2, 2)),
+      "labels": jnp.where(drop, 10, label),
+    }
+    if kind == "edm":
+      one["augment"] = augment.draw_one(data, 0.5)
+      one["sigma"] = jnp.exp(-1.2 + 1.2 * jax.random.normal(level))
+    else:
+      one["posterior_noise"] = jax.random.normal(data, (2, 2, 2))
+      one["t"] = jax.random.randint(level, (), 0, 1000)
+    expected.append(one)
+  found = flat(draws)
+  wanted = flat(jax.tree.map(lambda *each: jnp.stack(each), *expected))
+  assert found.keys() == wanted.keys()
+  for name in found:
+    np.testing.assert_allclose(
+      found[name], wanted[name], rtol=1e-6, atol=1e-7, err_msg=name
+    )
+
+
+def test_losses_are_a_function_of_what_was_drawn():
+  """Given draws, the step's key and the labels in the batch do not matter."""
+  batch = image_batch(3, side=2)
+  made = objective.make(Recorder(num_classes=10), EDM)
+  draws = made.draws(KEY, batch)
+  losses = made.losses({}, batch, draws)
+  other = batch | {"label": batch["label"] + 1, "index": batch["index"] + 5}
+  np.testing.assert_array_equal(made.losses({}, other, draws), losses)
+  # By hand, with F = 0: D = c_skip x.
+  y = np.float64(batch["image"]) / 127.5 - 1
+  sigma = np.float64(draws["sigma"])[:, None, None, None]
+  D = 0.25 / (sigma**2 + 0.25) * (y + sigma * np.float64(draws["noise"]))
+  weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+  expected = (weight * (D - y) ** 2).sum((1, 2, 3))
+  np.testing.assert_allclose(losses, expected, rtol=1e-5)
+  # Without classes there is no label, without dropout no key.
+  plain = objective.make(Recorder(), EDM).draws(KEY, batch)
+  assert plain["labels"] is None and set(plain) == {"sigma", "noise", "labels"}
+
+
+@pytest.mark.parametrize("config", [digits, digits_latent])
+def test_the_whole_config_and_its_section_make_the_same(config):
+  config = config.get_config("debug")
+  section = config.get("autoencoder", {})
+  whole = objective.make(Recorder(), config)
+  part = objective.make(
+    Recorder(), config.diffusion, section.get("scaling_factor")
+  )
+  assert whole.data == part.data
+  assert whole.diffusion.level == part.diffusion.level

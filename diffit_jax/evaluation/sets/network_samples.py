@@ -7,11 +7,13 @@ from flax import linen as nn
 from jax.sharding import Mesh
 import numpy as np
 
+from diffit_jax.diffusion import kinds
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.sets.batches import Batches, SampledBatches
 from diffit_jax.evaluation.sets.class_matching import Classes
 from diffit_jax.evaluation.sets.guard import Guard
 from diffit_jax.generation import description, generator
+from diffit_jax.generation.labels import choose_labels
 from diffit_jax.generation.weights import Weights
 
 
@@ -39,7 +41,7 @@ class NetworkSamples:
       generate: made by `generator.make_generator` of these and the codec; one
         that serves several weights is compiled once.
       seed: sample i depends on (seed, i).
-      labels: see `generator.choose_labels`.
+      labels: see `choose_labels`.
       codec: decodes the latents of a latent model.
       class_names: names of the classes 0, 1, ...; None if they are not known.
 
@@ -47,7 +49,7 @@ class NetworkSamples:
       UserError: see `sample_shape`; or labels that the network does not have.
     """
     self.shape = sample_shape(weights.config, codec)
-    self._choose_labels = lambda index: generator.choose_labels(
+    self._choose_labels = lambda index: choose_labels(
       index, seed, model.num_classes, labels
     )
     self._choose_labels(np.arange(1))  # refuses wrong labels now
@@ -91,7 +93,7 @@ def sample_shape(config: Mapping, codec=None) -> tuple[int, int]:
   Raises:
     UserError: latents, and no codec that makes images of them.
   """
-  if config["diffusion"]["kind"] == "adm" and codec is None:
+  if kinds.is_latent(config) and codec is None:
     raise UserError(
       "--vae is missing: this model makes latents, and only images can be"
       " scored; give the diffusers folder of its VAE as --vae=..."
