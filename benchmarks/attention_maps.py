@@ -30,7 +30,7 @@ from diffit_jax import cli, models, paths, sampling
 from diffit_jax.diffusion import guidance
 from diffit_jax.environment import PRNG
 from diffit_jax.generation import generator, weights
-from diffit_jax.models import attention, latent
+from diffit_jax.models import attention, kernels, latent
 from diffit_jax.parallel.mesh import make_mesh
 from diffit_jax.sampling.loop import Denoiser, Solver
 
@@ -155,7 +155,7 @@ def attention_weights(
 
     generator.make_denoiser(apply, config)(x, level, labels)
     return {
-      name: attention.attention_weights(*inputs)
+      name: kernels.attention_weights(*inputs)
       for name, inputs in found.items()
     }
 
