@@ -23,8 +23,8 @@ import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
 from diffit_jax.models.compute import Compute
-from diffit_jax.models.flat_product import flat_dot_general
 from diffit_jax.models.kernels import attend
+from diffit_jax.models.linear import flat_dot_general
 from diffit_jax.models.time_in import TIME_IN
 
 XAVIER = nn.initializers.xavier_uniform()

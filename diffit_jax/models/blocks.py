@@ -22,8 +22,8 @@ import jax.numpy as jnp
 
 from diffit_jax.models.attention import XAVIER, attention_with
 from diffit_jax.models.compute import Compute
-from diffit_jax.models.flat_product import flat_dot_general
 from diffit_jax.models.layer_norm import layer_norm
+from diffit_jax.models.linear import flat_dot_general
 from diffit_jax.models.time_in import TIME_IN
 
 # CHOICE: the last map of each residual branch starts at 1e-5 times Xavier, as

@@ -37,9 +37,9 @@ from diffit_jax.models.embeddings import (
   TimestepEmbedding,
   sincos_positions,
 )
-from diffit_jax.models.flat_product import flat_dot_general
 from diffit_jax.models.kernels import AttentionShape
 from diffit_jax.models.layer_norm import layer_norm
+from diffit_jax.models.linear import flat_dot_general
 
 STACKED = "blocks"
 BIAS_TABLE = "relative_position_bias_table"
