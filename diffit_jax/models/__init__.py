@@ -10,9 +10,8 @@ from diffit_jax.errors import UserError
 from diffit_jax.models.baselines.dit import DiT
 from diffit_jax.models.baselines.ladder import LadderRung
 from diffit_jax.models.baselines.song_unet import SongUNet
-from diffit_jax.models.compute import Network
 from diffit_jax.models.image import ImageDiffiT
-from diffit_jax.models.kernels import KERNELS, PLAIN, serves
+from diffit_jax.models.kernels import PLAIN, serves
 from diffit_jax.models.latent import LatentDiffiT
 
 __all__ = ["NETWORKS", "ImageDiffiT", "LatentDiffiT", "make_model"]
@@ -52,7 +51,10 @@ def make_model(config: Mapping) -> nn.Module:
       which = f"only {_listed(having)}" if having else f"it has {known}"
       raise UserError(f"{name} has no field model.{field}: {which}")
   kernel = fields.get("attention", PLAIN)
-  having = [n for n, other in _MODELS.items() if _serves(kernel, other)]
+  # By what a model is by default: of its options, it tells when it runs.
+  having = [
+    n for n, m in _MODELS.items() if serves(kernel, m().attention_shapes(64))
+  ]
   if having and name not in having:
     raise UserError(
       f"{name} has no model.attention={kernel!r}: only {_listed(having)}; use"
@@ -64,11 +66,6 @@ def make_model(config: Mapping) -> nn.Module:
   fields["dtype"] = jnp.dtype(dtype)
   as_tuple = lambda v: tuple(v) if isinstance(v, (list, tuple)) else v
   return model(**{field: as_tuple(value) for field, value in fields.items()})
-
-
-def _serves(kernel: str, model: type[Network]) -> bool:
-  """Whether a kernel computes the attention of a model as it is by default."""
-  return kernel in KERNELS and serves(kernel, model().attention_shapes(64))
 
 
 def _fields(model: type[nn.Module]) -> list[str]:

@@ -24,10 +24,9 @@ import jax.numpy as jnp
 from diffit_jax.errors import UserError
 from diffit_jax.models.compute import Compute
 from diffit_jax.models.kernels import attend
-from diffit_jax.models.linear import flat_dot_general
+from diffit_jax.models.linear import XAVIER, linear
 from diffit_jax.models.time_in import TIME_IN
 
-XAVIER = nn.initializers.xavier_uniform()
 INPUTS = "attention_inputs"  # (q, k, bias), left where a caller asks for them
 
 
@@ -157,27 +156,17 @@ class Attention(nn.Module):
 
   def _bias(self, window: int, time: jax.Array | None) -> jax.Array:
     """B [heads, n, n]."""
-    del time
     return relative_position_bias(self._table(window), window)
 
   def _qkv(self, x: jax.Array, time: jax.Array | None) -> jax.Array:
     """Queries, keys and values [b, h, w, 3c], side by side."""
-    del time
-    return self._dense("qkv", 3 * x.shape[-1], self.qkv_init)(x)
+    dtype = self.compute.dtype
+    return linear(3 * x.shape[-1], dtype, "qkv", self.qkv_init)(x)
 
   def _project(self, x: jax.Array, time: jax.Array | None) -> jax.Array:
     """The merged heads [b, h, w, c] through the output's map."""
-    del time
-    return self._dense("proj", x.shape[-1], self.proj_init)(x)
-
-  def _dense(self, name: str, features: int, init=XAVIER) -> nn.Dense:
-    return nn.Dense(
-      features,
-      dtype=self.compute.dtype,
-      kernel_init=init,
-      dot_general=flat_dot_general,
-      name=name,
-    )
+    dtype = self.compute.dtype
+    return linear(x.shape[-1], dtype, "proj", self.proj_init)(x)
 
 
 class TMSA(Attention):
@@ -203,14 +192,16 @@ class TMSA(Attention):
   def _qkv(self, x: jax.Array, time: jax.Array) -> jax.Array:
     qkv = super()._qkv(x, time)
     if TIME_IN[self.time_in].qkv:  # elsewhere time enters only in ablations
-      qkv += self._dense("qkv_temb", qkv.shape[-1])(time)[:, None, None, :]
+      shift = linear(qkv.shape[-1], self.compute.dtype, "qkv_temb")(time)
+      qkv += shift[:, None, None, :]
     return qkv
 
   def _project(self, x: jax.Array, time: jax.Array) -> jax.Array:
     out = super()._project(x, time)
     if TIME_IN[self.time_in].output:
-      value = self._dense("time_value", x.shape[-1], self.proj_init)
-      out += value(time)[:, None, None, :]
+      dtype, init = self.compute.dtype, self.proj_init
+      value = linear(x.shape[-1], dtype, "time_value", init)(time)
+      out += value[:, None, None, :]
     return out
 
 

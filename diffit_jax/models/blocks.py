@@ -20,10 +20,10 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffit_jax.models.attention import XAVIER, attention_with
+from diffit_jax.models.attention import attention_with
 from diffit_jax.models.compute import Compute
 from diffit_jax.models.layer_norm import layer_norm
-from diffit_jax.models.linear import flat_dot_general
+from diffit_jax.models.linear import XAVIER, linear
 from diffit_jax.models.time_in import TIME_IN
 
 # CHOICE: the last map of each residual branch starts at 1e-5 times Xavier, as
@@ -97,19 +97,12 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, sample_index: jax.Array | None) -> jax.Array:
-    channels = x.shape[-1]
-    dense = lambda name, features, init: nn.Dense(
-      features,
-      dtype=self.compute.dtype,
-      kernel_init=init,
-      dot_general=flat_dot_general,
-      name=name,
-    )
-    x = dense("fc1", round(self.ratio * channels), XAVIER)(x)
+    channels, dtype = x.shape[-1], self.compute.dtype
+    x = linear(round(self.ratio * channels), dtype, "fc1")(x)
     x = gelu(self.compute.constrain(x))
     if self.dropout and sample_index is not None:
       x = drop_out(x, self.dropout, self.make_rng("dropout"), sample_index)
-    return dense("fc2", channels, self.last_init)(x)
+    return linear(channels, dtype, "fc2", self.last_init)(x)
 
 
 class DiffiTBlock(nn.Module):
@@ -160,9 +153,7 @@ class DiffiTBlock(nn.Module):
     x = x + attention(layer_norm(x, dtype), time)  # (7)
     h = layer_norm(x, dtype)
     if TIME_IN[self.time_in].mlp:
-      h += nn.Dense(
-        x.shape[-1], dtype=dtype, kernel_init=XAVIER, name="mlp_temb"
-      )(time)[:, None, None, :]
+      h += linear(x.shape[-1], dtype, "mlp_temb")(time)[:, None, None, :]
     x = x + mlp(h, sample_index)  # (8)
     return constrain(x)
 

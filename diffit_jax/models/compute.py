@@ -75,7 +75,11 @@ class Compute:
 
 
 class Network(nn.Module, kw_only=True):
-  """What all networks have in common; attributes as of `Compute`."""
+  """What all networks have in common; attributes as of `Compute`.
+
+  A network tells its attention by `attention_shapes(side) -> [AttentionShape]`,
+  side being that of the images or latents.
+  """
 
   dtype: jnp.dtype = jnp.float32
   remat: str = "none"
@@ -88,14 +92,6 @@ class Network(nn.Module, kw_only=True):
     """The options as one value, for the modules inside."""
     names = [field.name for field in dataclasses.fields(Compute)]
     return Compute(**{name: getattr(self, name) for name in names})
-
-  def attention_shapes(self, side: int) -> list[kernels.AttentionShape]:
-    """Every kind of attention in the network.
-
-    Args:
-      side: of the images or latents.
-    """
-    raise NotImplementedError
 
   def _check_compute(self, side: int, bias_option: str) -> None:
     """Refuses options that are unknown or do not go with the network.

@@ -89,16 +89,12 @@ class ImageDiffiT(Network):
 
   def attention_shapes(self, side: int) -> list[AttentionShape]:
     """That of each level, for images of side x side."""
-    sides = [side // 2**level for level in range(len(self.channel_mult))]
-    return [
-      AttentionShape(
-        tokens=min(self.window_size or side, side) ** 2,
-        heads=self.base_channels * factor // self.head_dim,
-        width=self.head_dim,
-        bias=TIME_IN[self.time_in].bias,
-      )
-      for factor, side in zip(self.channel_mult, sides)
-    ]
+    shapes, bias = [], TIME_IN[self.time_in].bias
+    for level, factor in enumerate(self.channel_mult):
+      window = min(self.window_size or side, side // 2**level)
+      heads = self.base_channels * factor // self.head_dim
+      shapes.append(AttentionShape(window**2, heads, self.head_dim, bias))
+    return shapes
 
   @nn.compact
   def __call__(

@@ -54,8 +54,8 @@ class Kernel:
 
 
 def serves(name: str, shapes: Sequence[AttentionShape]) -> bool:
-  """Whether a kernel computes all of a network's attention."""
-  return not any(map(KERNELS[name].refusal, shapes))
+  """Whether there is a kernel that computes all of a network's attention."""
+  return name in KERNELS and not any(map(KERNELS[name].refusal, shapes))
 
 
 def check_shapes(

@@ -29,7 +29,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.attention import XAVIER
 from diffit_jax.models.blocks import DiffiTBlock
 from diffit_jax.models.compute import Network
 from diffit_jax.models.embeddings import (
@@ -39,7 +38,7 @@ from diffit_jax.models.embeddings import (
 )
 from diffit_jax.models.kernels import AttentionShape
 from diffit_jax.models.layer_norm import layer_norm
-from diffit_jax.models.linear import flat_dot_general
+from diffit_jax.models.linear import linear
 
 STACKED = "blocks"
 BIAS_TABLE = "relative_position_bias_table"
@@ -131,24 +130,15 @@ class LatentDiffiT(Network):
       pr=self.patch_size,
       pc=self.patch_size,
     )
-    h = nn.Dense(
-      self.hidden_dim,
-      kernel_init=XAVIER,
-      dot_general=flat_dot_general,
-      name="patch_embed",
-    )(patches)
+    h = linear(self.hidden_dim, jnp.float32, "patch_embed")(patches)
     positions = sincos_positions(self.hidden_dim, self.grid)
     h += positions.reshape(self.grid, self.grid, -1)  # (11)
     h = self.constrain(h)
 
     h = self._run_blocks(h.astype(self.dtype), time)
 
-    h = nn.Dense(
-      self.patch_size**2 * self.out_channels,
-      kernel_init=nn.initializers.zeros,
-      dot_general=flat_dot_general,
-      name="head",
-    )(self._normalise(h, time))
+    width, init = self.patch_size**2 * self.out_channels, nn.initializers.zeros
+    h = linear(width, jnp.float32, "head", init)(self._normalise(h, time))
     return einops.rearrange(
       h,
       "b i j (pr pc c) -> b (i pr) (j pc) c",

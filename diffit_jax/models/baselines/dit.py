@@ -19,21 +19,17 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffit_jax.models.attention import XAVIER, Attention
+from diffit_jax.models.attention import Attention
 from diffit_jax.models.blocks import MLP
 from diffit_jax.models.compute import Compute
 from diffit_jax.models.latent import LatentDiffiT
 from diffit_jax.models.layer_norm import layer_norm
+from diffit_jax.models.linear import XAVIER, linear
 
 
 def modulation(time: jax.Array, parts: int, features: int, dtype, name: str):
   """W SiLU(c) in parts of [b, 1, 1, features] each; W starts at zero."""
-  dense = nn.Dense(
-    parts * features,
-    dtype=dtype,
-    kernel_init=nn.initializers.zeros,
-    name=name,
-  )
+  dense = linear(parts * features, dtype, name, nn.initializers.zeros)
   return einops.rearrange(
     dense(nn.silu(time)), "b (part c) -> part b 1 1 c", part=parts
   )

@@ -30,10 +30,10 @@ import jax
 import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.attention import XAVIER
 from diffit_jax.models.blocks import NEAR_ZERO, DiffiTBlock, conv
 from diffit_jax.models.image import ImageDiffiT
 from diffit_jax.models.kernels import AttentionShape
+from diffit_jax.models.linear import XAVIER, linear
 
 
 class Rung(NamedTuple):
@@ -69,9 +69,7 @@ class TimeAdded(nn.Module):
     """[b, h, w, c], [b, ct] -> [b, h, w, c]."""
     init = nn.initializers.ones
     gate = self.param("gate", init, x.shape[-1:], jnp.float32)
-    dense = nn.Dense(
-      x.shape[-1], dtype=self.dtype, kernel_init=XAVIER, name="map"
-    )
+    dense = linear(x.shape[-1], self.dtype, "map")
     return x + (gate * dense(time)).astype(x.dtype)[:, None, None, :]
 
 

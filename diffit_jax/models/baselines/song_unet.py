@@ -29,11 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.attention import TMSA, XAVIER, Attention
+from diffit_jax.models.attention import TMSA, Attention
 from diffit_jax.models.blocks import NEAR_ZERO, conv, drop_out, group_norm
 from diffit_jax.models.compute import Compute, Network
 from diffit_jax.models.embeddings import NoiseEmbedding
 from diffit_jax.models.kernels import AttentionShape
+from diffit_jax.models.linear import XAVIER, linear
 
 _SKIP_SCALE = 0.5**0.5
 _QKV_INIT = nn.initializers.variance_scaling(0.2, "fan_avg", "uniform")
@@ -100,10 +101,8 @@ class UNetBlock(nn.Module):
     )
     h = resized(nn.silu(norm("norm0", x)))
     h = conv(self.features, 3, dtype, "conv0")(h)
-    dense = nn.Dense(
-      self.features, dtype=dtype, kernel_init=XAVIER, name="affine"
-    )
-    h = constrain(h) + dense(emb)[:, None, None, :]
+    shift = linear(self.features, dtype, "affine")(emb)
+    h = constrain(h) + shift[:, None, None, :]
     h = nn.silu(norm("norm1", h))
     if self.dropout and sample_index is not None:
       h = drop_out(h, self.dropout, self.make_rng("dropout"), sample_index)
@@ -160,14 +159,10 @@ class SongUNet(Network):
 
   def attention_shapes(self, side: int) -> list[AttentionShape]:
     """One head as wide as the map, at the sides that have it and the bottom."""
-    last = len(self.channel_mult) - 1
+    width, last = self.base_channels, len(self.channel_mult) - 1
+    bias = "shared" if self.tmsa else "none"
     return [
-      AttentionShape(
-        tokens=(side // 2**level) ** 2,
-        heads=1,
-        width=self.base_channels * factor,
-        bias="shared" if self.tmsa else "none",
-      )
+      AttentionShape((side // 2**level) ** 2, 1, width * factor, bias)
       for level, factor in enumerate(self.channel_mult)
       if level == last or side // 2**level in self.attention_sides
     ]
