@@ -173,7 +173,8 @@ class TMSA(Attention):
   """Time-dependent self-attention (3)-(6); attributes as of Attention, and
 
   Attributes:
-    time_in: where time enters, a key of `TIME_IN`.
+    time_in: where time enters the attention, a key of `TIME_IN`; see
+      `attention_with` for rows that have no time there.
   """
 
   has_bias: bool = True
