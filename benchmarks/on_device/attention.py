@@ -1,4 +1,4 @@
-"""Stage `attention`: cuDNN's verdict, and its time beside XLA's."""
+"""Stage `attention`: the probe's verdict on fused kernels, and their times."""
 
 import functools
 import time
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from benchmarks.on_device import device, rows
 from diffit_jax.errors import UserError
-from diffit_jax.models import attention
+from diffit_jax.models import attention, kernels
 from diffit_jax.training import attention_probe
 
 card = device.card
@@ -20,9 +20,12 @@ TIMED = ((64, 16), (16, 32))  # (batch, side): 256 and 1,024 tokens
 
 def measure(record: rows.Record) -> None:
   heads, width = (2, 8) if record.is_tiny else (16, 72)
-  for sizes in [(heads, width, 4)] if record.is_tiny else PROBED:
-    case = "cuDNN, {} heads of {}, {}x{} tokens".format(*sizes, sizes[-1])
-    record.attempt(case, functools.partial(probe, *sizes), 5, table="probe")
+  for name in device.attentions():
+    for sizes in [(heads, width, 4)] if record.is_tiny else PROBED:
+      case = "{}, {} heads of {}, {}x{} tokens".format(name, *sizes, sizes[-1])
+      run = functools.partial(probe, name, *sizes)
+      if name != kernels.PLAIN:
+        record.attempt(case, run, 5, table="probe")
   for batch, side in [(2, 4)] if record.is_tiny else TIMED:
     for name, reason in device.attentions().items():
       about = {"attention": name, "batch": batch, "tokens": side**2}
@@ -33,10 +36,11 @@ def measure(record: rows.Record) -> None:
       record.attempt("TMSA", layer.times, **about)
 
 
-def probe(*sizes: int) -> dict:
+def probe(name: str, heads: int, width: int, side: int) -> dict:
   start = time.perf_counter()
+  shape = kernels.AttentionShape(side**2, heads, width, "shared")
   try:
-    attention_probe.probe(*sizes)
+    attention_probe.probe(name, shape)
     verdict = "passes"
   except UserError as error:
     verdict = str(error)
@@ -49,7 +53,7 @@ class Layer:
   def __init__(self, name: str, b: int, heads: int, side: int, width: int):
     self.shape = b, heads, side**2, width
     self.side = side
-    self.attend = functools.partial(attention.attend, attention=name)
+    self.attend = functools.partial(kernels.attend, kernel=name)
 
   def times(self) -> dict:
     """Forward, with gradients, and with the table that the bias comes from."""

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from ml_collections import config_dict
 
 from benchmarks.on_device import clock
+from diffit_jax.errors import UserError
+from diffit_jax.models import kernels
 from diffit_jax.parallel import platforms
 
 GIB = 2**30
@@ -33,8 +35,14 @@ def card() -> str:
 
 def attentions() -> dict[str, str | None]:
   """{implementation: why it cannot run here, or None}."""
-  is_nvidia = first().platform == "gpu"
-  return {"xla": None, "cudnn": None if is_nvidia else "needs an NVIDIA GPU"}
+  found = {}
+  for name in kernels.KERNELS:
+    try:
+      kernels.check_machine(name, first().platform, "bfloat16")
+      found[name] = None
+    except UserError as error:
+      found[name] = str(error)
+  return found
 
 
 def read_config(text: str, **fields) -> config_dict.ConfigDict:

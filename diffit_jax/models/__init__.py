@@ -7,11 +7,11 @@ from flax import linen as nn
 import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.attention import ATTENTIONS
 from diffit_jax.models.baselines.dit import DiT
 from diffit_jax.models.baselines.ladder import LadderRung
 from diffit_jax.models.baselines.song_unet import SongUNet
 from diffit_jax.models.image import ImageDiffiT
+from diffit_jax.models.kernels import PLAIN, serves
 from diffit_jax.models.latent import LatentDiffiT
 
 __all__ = ["NETWORKS", "ImageDiffiT", "LatentDiffiT", "make_model"]
@@ -50,12 +50,15 @@ def make_model(config: Mapping) -> nn.Module:
       having = [n for n, other in _MODELS.items() if field in _fields(other)]
       which = f"only {_listed(having)}" if having else f"it has {known}"
       raise UserError(f"{name} has no field model.{field}: {which}")
-  way = fields.get("attention", "xla")
-  if way in ATTENTIONS and way not in model.attentions:
-    having = [n for n, other in _MODELS.items() if way in other.attentions]
+  kernel = fields.get("attention", PLAIN)
+  # By what a model is by default: of its options, it tells when it runs.
+  having = [
+    n for n, m in _MODELS.items() if serves(kernel, m().attention_shapes(64))
+  ]
+  if having and name not in having:
     raise UserError(
-      f"{name} has no model.attention={way!r}: only {_listed(having)}; use"
-      " model.attention=xla"
+      f"{name} has no model.attention={kernel!r}: only {_listed(having)}; use"
+      f" model.attention={PLAIN}"
     )
   dtype = fields.get("dtype", "float32")
   if dtype not in _DTYPES:

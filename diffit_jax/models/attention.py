@@ -16,29 +16,18 @@ do not see each other; the time token is the same in each. Other places for
 time than (3)-(5), which the paper compares with, are listed in `time_in`.
 """
 
-from collections.abc import Callable
-import functools
-
 import einops
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.flat_product import flat_dot_general
+from diffit_jax.models.compute import Compute
+from diffit_jax.models.kernels import attend
+from diffit_jax.models.linear import XAVIER, linear
 from diffit_jax.models.time_in import TIME_IN
 
-XAVIER = nn.initializers.xavier_uniform()
-ATTENTIONS = ("xla", "cudnn")
 INPUTS = "attention_inputs"  # (q, k, bias), left where a caller asks for them
-
-# Says where an activation [b, ...] lies on the devices, or returns it as it is.
-Constrain = Callable[[jax.Array], jax.Array]
-
-
-def unconstrained(x: jax.Array) -> jax.Array:
-  """The `Constrain` that leaves it to the compiler."""
-  return x
 
 
 def relative_position_bias(table: jax.Array, side: int) -> jax.Array:
@@ -96,58 +85,35 @@ def effective_window(side: int, window_size: int | None) -> int:
   return window_size
 
 
-class TMSA(nn.Module):
-  """Time-dependent self-attention, equations (3)-(6), global or windowed.
+class Attention(nn.Module):
+  """Self-attention (6), global or windowed, without time.
 
   Attributes:
     num_heads: heads; must divide the width of x.
     window_size: side of the attention windows in tokens; None, or a value at or
       above the side of x, is global attention with a table of the side.
-    dtype: of the matrix products; softmax and bias are float32.
+    has_bias: whether there is a relative position bias B.
     qkv_init: initialiser of the map of x to queries, keys and values.
     proj_init: initialiser of the output projection.
-    attention: "xla", or "cudnn" for NVIDIA's fused kernel (see `attend`).
-    time_in: where time enters, a key of `TIME_IN`.
-    constrain: applied to the projections and the output.
+    compute: dtype of the matrix products, kernel, and so on.
   """
 
   num_heads: int
   window_size: int | None = None
-  dtype: jnp.dtype = jnp.float32
+  has_bias: bool = False
   qkv_init: nn.initializers.Initializer = XAVIER
   proj_init: nn.initializers.Initializer = XAVIER
-  attention: str = "xla"
-  time_in: str = "tmsa"
-  constrain: Constrain = unconstrained
+  compute: Compute = Compute()
 
   @nn.compact
-  def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
-    """[b, h, w, c] tokens on a grid, [b, ct] time tokens -> [b, h, w, c]."""
-    height, width, channels = x.shape[1:]
-    if channels % self.num_heads:
-      raise UserError(f"num_heads={self.num_heads} must divide {channels=}")
-    side = min(height, width)
-    if height != width and (self.window_size or side + 1) > side:
-      raise UserError(
-        f"global attention needs a square feature map, not {height}x{width}"
-      )
-    window = effective_window(side, self.window_size)
-    effective_window(max(height, width), window)
-    entry = TIME_IN[self.time_in]
-    bias = self._bias(time, window) if entry.has_bias else None
+  def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
+    """[b, h, w, c] tokens on a grid -> [b, h, w, c].
 
-    dense = lambda name, features=3 * channels, init=XAVIER: nn.Dense(
-      features,
-      dtype=self.dtype,
-      kernel_init=init,
-      dot_general=flat_dot_general,
-      name=name,
-    )
-    qkv = dense("qkv", init=self.qkv_init)(x)
-    if entry.qkv:  # the seam: elsewhere time enters only in ablations
-      qkv += dense("qkv_temb")(time)[:, None, None, :]
-    qkv = self.constrain(qkv)
-
+    `time` [b, ct] is for `TMSA` alone, which is called in the same way.
+    """
+    window = self._window(x)
+    bias = self._bias(window, time) if self.has_bias else None
+    qkv = self.compute.constrain(self._qkv(x, time))
     windowed = lambda x: einops.rearrange(
       x,
       "b (i p) (j q) (h d) -> b (i j) h (p q) d",
@@ -158,145 +124,91 @@ class TMSA(nn.Module):
     # Cut, then rearranged: so the gradients are joined, not padded and added.
     q, k, v = map(windowed, jnp.split(qkv, 3, axis=-1))
     self.sow("intermediates", INPUTS, (q, k, bias))  # where they are asked for
-    out = attend(q, k, v, bias, self.attention)
+    out = attend(q, k, v, bias, self.compute.attention)
     out = einops.rearrange(
       out,
       "b (i j) h (p q) d -> b (i p) (j q) (h d)",
-      i=height // window,
+      i=x.shape[1] // window,
       p=window,
     )
-    out = dense("proj", channels, self.proj_init)(self.constrain(out))
-    if entry.output:
-      value = dense("time_value", channels, self.proj_init)
-      out += value(time)[:, None, None, :]
-    return out
+    return self._project(self.compute.constrain(out), time)
 
-  def _bias(self, time: jax.Array, window: int) -> jax.Array:
-    """[heads, n, n], or [b, 1, heads, n, n] where it depends on time."""
+  def _window(self, x: jax.Array) -> int:
+    """Side of the windows, after refusing what cannot work."""
+    height, width, channels = x.shape[1:]
+    if channels % self.num_heads:
+      raise UserError(f"num_heads={self.num_heads} must divide {channels=}")
+    side = min(height, width)
+    if height != width and (self.window_size or side + 1) > side:
+      raise UserError(
+        f"global attention needs a square feature map, not {height}x{width}"
+      )
+    window = effective_window(side, self.window_size)
+    effective_window(max(height, width), window)
+    return window
+
+  def _table(self, window: int) -> jax.Array:
+    """[(2 window - 1)^2, heads] of the relative position bias."""
     shape = ((2 * window - 1) ** 2, self.num_heads)
     init = nn.initializers.normal(0.02)
     name = "relative_position_bias_table"
-    table = self.param(name, init, shape, jnp.float32)
-    if not TIME_IN[self.time_in].bias_table:
-      return relative_position_bias(table, window)
-    offsets = nn.Dense(shape[0] * shape[1], kernel_init=XAVIER, name="rpb_temb")
-    tables = table + offsets(time).reshape(-1, *shape)
+    return self.param(name, init, shape, jnp.float32)
+
+  def _bias(self, window: int, time: jax.Array | None) -> jax.Array:
+    """B [heads, n, n]."""
+    return relative_position_bias(self._table(window), window)
+
+  def _qkv(self, x: jax.Array, time: jax.Array | None) -> jax.Array:
+    """Queries, keys and values [b, h, w, 3c], side by side."""
+    dtype = self.compute.dtype
+    return linear(3 * x.shape[-1], dtype, "qkv", self.qkv_init)(x)
+
+  def _project(self, x: jax.Array, time: jax.Array | None) -> jax.Array:
+    """The merged heads [b, h, w, c] through the output's map."""
+    dtype = self.compute.dtype
+    return linear(x.shape[-1], dtype, "proj", self.proj_init)(x)
+
+
+class TMSA(Attention):
+  """Time-dependent self-attention (3)-(6); attributes as of Attention, and
+
+  Attributes:
+    time_in: where time enters the attention, a key of `TIME_IN`; see
+      `attention_with` for rows that have no time there.
+  """
+
+  has_bias: bool = True
+  time_in: str = "tmsa"
+
+  def _bias(self, window: int, time: jax.Array) -> jax.Array:
+    """B [heads, n, n], or [b, 1, heads, n, n] where it depends on time."""
+    if TIME_IN[self.time_in].bias != "each":
+      return super()._bias(window, time)
+    table = self._table(window)
+    offsets = nn.Dense(table.size, kernel_init=XAVIER, name="rpb_temb")
+    tables = table + offsets(time).reshape(-1, *table.shape)
     spread = jax.vmap(relative_position_bias, in_axes=(0, None))
     return spread(tables, window)[:, None]
 
+  def _qkv(self, x: jax.Array, time: jax.Array) -> jax.Array:
+    qkv = super()._qkv(x, time)
+    if TIME_IN[self.time_in].qkv:  # elsewhere time enters only in ablations
+      shift = linear(qkv.shape[-1], self.compute.dtype, "qkv_temb")(time)
+      qkv += shift[:, None, None, :]
+    return qkv
 
-def attend(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  bias: jax.Array | None,
-  attention: str = "xla",
-) -> jax.Array:
-  """Equation (6): softmax(q k^T / sqrt(d) + B) v, softmax in float32.
-
-  Args:
-    q: [*b, heads, n, d] queries; k and v likewise.
-    k: keys.
-    v: values.
-    bias: [heads, n, n], anything that broadcasts to [*b, heads, n, n], or None
-      for B = 0.
-    attention: "xla"; or "cudnn", which takes bfloat16 and float16 only and
-      rounds the bias to it.
-
-  Returns:
-    [*b, heads, n, d] of v's dtype.
-  """
-  if attention == "cudnn":
-    return _attend_cudnn(q, k, v, bias)
-  weights = attention_weights(q, k, bias, v.dtype)
-  return jnp.einsum("...nm,...md->...nd", weights, v)
+  def _project(self, x: jax.Array, time: jax.Array) -> jax.Array:
+    out = super()._project(x, time)
+    if TIME_IN[self.time_in].output:
+      dtype, init = self.compute.dtype, self.proj_init
+      value = linear(x.shape[-1], dtype, "time_value", init)(time)
+      out += value[:, None, None, :]
+    return out
 
 
-def attention_weights(
-  q: jax.Array,
-  k: jax.Array,
-  bias: jax.Array | None,
-  dtype: jnp.dtype | None = None,
-) -> jax.Array:
-  """The softmax of (6): [*b, heads, n, n], axes (query, key).
-
-  Computed in float32 (or wider, as q is), and rounded to dtype if given.
-  """
-  scale = q.shape[-1] ** -0.5
-  logits = jnp.einsum(
-    "...nd,...md->...nm",
-    q * jnp.asarray(scale, q.dtype),
-    k,
-    preferred_element_type=jnp.promote_types(q.dtype, jnp.float32),
-  )
-  logits = logits if bias is None else _add_bias(logits, bias)
-  return softmax(logits, dtype or logits.dtype)
-
-
-@jax.custom_jvp
-def _add_bias(logits: jax.Array, bias: jax.Array) -> jax.Array:
-  return logits + bias
-
-
-@_add_bias.defjvp
-def _add_bias_jvp(primals, tangents):
-  logits, bias = primals
-  d_logits, d_bias = tangents
-  lead = logits.shape[: logits.ndim - bias.ndim]
-  return logits + bias, d_logits + _repeat(d_bias, lead)
-
-
-def _repeat(bias: jax.Array, lead: tuple[int, ...]) -> jax.Array:
-  """[*shape] -> [*lead, *shape], whose gradient sums fast on CPU, too.
-
-  XLA for CPU sums over leading axes 25 times slower than it contracts them
-  (jax 0.10.2; 4 x 16 x 256 x 256), so there the sum is a product with ones.
-  """
-
-  def times_ones(bias):
-    ones, no_axes = jnp.ones(lead, bias.dtype), ((), ())
-    dimensions = no_axes, no_axes
-    return jax.lax.dot_general(ones, bias, dimensions, precision="highest")
-
-  return jax.lax.platform_dependent(
-    bias,
-    cpu=times_ones,
-    default=lambda bias: jnp.broadcast_to(bias, (*lead, *bias.shape)),
-  )
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def softmax(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Over the last axis, rounded to dtype.
-
-  It keeps its result for the backward pass, no more; `jax.nn.softmax` by itself
-  keeps the exponentials, and both in float32.
-  """
-  return jax.nn.softmax(x, axis=-1).astype(dtype)
-
-
-@softmax.defjvp
-def _softmax_jvp(dtype, primals, tangents):
-  y = softmax(*primals, dtype)
-
-  def tangent(y, dx):
-    y = y.astype(dx.dtype)
-    return (y * (dx - jnp.sum(y * dx, axis=-1, keepdims=True))).astype(dtype)
-
-  # Without the checkpoint, the wide copy of y is what would be kept.
-  return y, jax.checkpoint(tangent, prevent_cse=False)(y, *tangents)
-
-
-def _attend_cudnn(q, k, v, bias):
-  """The same through cuDNN, whose gradient of the bias wants a batch of 1."""
-  heads, n, d = q.shape[-3:]
-  flat = lambda x: x.reshape(-1, heads, n, d).swapaxes(1, 2)
-  out = jax.nn.dot_product_attention(
-    flat(q),
-    flat(k),
-    flat(v),
-    bias=bias[None].astype(q.dtype),
-    scale=d**-0.5,
-    implementation="cudnn",
-  )
-  return out.swapaxes(1, 2).reshape(q.shape)
+def attention_with(time_in: str, *args, **fields) -> Attention:
+  """TMSA, or plain Attention where a row of `TIME_IN` has no time in it."""
+  row = TIME_IN[time_in]
+  if row.in_attention:
+    return TMSA(*args, time_in=time_in, **fields)
+  return Attention(*args, has_bias=row.bias != "none", **fields)

@@ -14,82 +14,21 @@ GroupNorm with min(32, c/4) groups and eps 1e-6 (EDM); the paper gives
 none of these.
 """
 
-from collections.abc import Callable, Sequence
 import math
-from typing import Any
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffit_jax.errors import UserError
-from diffit_jax.models.attention import (
-  TMSA,
-  XAVIER,
-  Constrain,
-  unconstrained,
-)
-from diffit_jax.models.flat_product import flat_dot_general
+from diffit_jax.models.attention import attention_with
+from diffit_jax.models.compute import Compute
 from diffit_jax.models.layer_norm import layer_norm
+from diffit_jax.models.linear import XAVIER, linear
 from diffit_jax.models.time_in import TIME_IN
 
 # CHOICE: the last map of each residual branch starts at 1e-5 times Xavier, as
 # EDM does for its last convolutions, so that a fresh network is near identity.
 NEAR_ZERO = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
-
-# Parameters of one block as they are stored -> as the block computes with them.
-MapParams = Callable[[Any], Any]
-
-# What the backward pass finds saved of each block; None is everything.
-REMAT_POLICIES = {
-  "none": None,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-def check_options(
-  remat: str, attention: str, attentions: Sequence[str]
-) -> None:
-  """Refuses names of ways to compute that are not known.
-
-  Args:
-    remat: a key of REMAT_POLICIES.
-    attention: one of `attentions`.
-    attentions: those that the model can compute.
-  """
-  for field, value, allowed in (
-    ("remat", remat, tuple(REMAT_POLICIES)),
-    ("attention", attention, tuple(attentions)),
-  ):
-    if value not in allowed:
-      raise UserError(f"model.{field}={value!r}: use one of {allowed}")
-
-
-def transform(
-  block: type[nn.Module],
-  remat: str,
-  map_params: MapParams | None,
-  prevent_cse: bool = True,
-) -> type[nn.Module]:
-  """A block that recomputes in the backward pass and maps its parameters.
-
-  The parameters are mapped inside what is recomputed, so that a copy gathered
-  from many devices lives no longer than the block runs.
-
-  Args:
-    block: module class.
-    remat: a key of REMAT_POLICIES.
-    map_params: applied to its parameters on every use; None for as they are.
-    prevent_cse: as in `jax.checkpoint`; a loop does not need it.
-  """
-  if map_params is not None:
-    block = nn.map_variables(block, "params", trans_in_fn=map_params)
-  if REMAT_POLICIES[remat] is not None:
-    block = nn.remat(
-      block, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse
-    )
-  return block
 
 
 def drop_out(
@@ -153,51 +92,39 @@ class MLP(nn.Module):
 
   ratio: float
   dropout: float
-  dtype: jnp.dtype
   last_init: nn.initializers.Initializer
-  constrain: Constrain = unconstrained
+  compute: Compute
 
   @nn.compact
   def __call__(self, x: jax.Array, sample_index: jax.Array | None) -> jax.Array:
-    channels = x.shape[-1]
-    dense = lambda name, features, init: nn.Dense(
-      features,
-      dtype=self.dtype,
-      kernel_init=init,
-      dot_general=flat_dot_general,
-      name=name,
-    )
-    x = self.constrain(dense("fc1", round(self.ratio * channels), XAVIER)(x))
-    x = gelu(x)
+    channels, dtype = x.shape[-1], self.compute.dtype
+    x = linear(round(self.ratio * channels), dtype, "fc1")(x)
+    x = gelu(self.compute.constrain(x))
     if self.dropout and sample_index is not None:
       x = drop_out(x, self.dropout, self.make_rng("dropout"), sample_index)
-    return dense("fc2", channels, self.last_init)(x)
+    return linear(channels, dtype, "fc2", self.last_init)(x)
 
 
 class DiffiTBlock(nn.Module):
   """Equations (7) and (8).
 
   Attributes:
-    num_heads: heads of the TMSA.
+    num_heads: heads of the attention.
     window_size: side of its windows, None for global attention.
     mlp_ratio: hidden width of the MLP over the block's width.
     dropout: rate between the MLP's two linear maps.
-    dtype: of matrix products and the residual stream.
     last_init: initialiser of the last map of each residual branch.
-    attention: "xla" or "cudnn".
     time_in: where time enters, a key of `TIME_IN`.
-    constrain: applied to the activations that matrix products make.
+    compute: dtype, kernel of the attention, and so on.
   """
 
   num_heads: int
   window_size: int | None = None
   mlp_ratio: float = 4
   dropout: float = 0.0
-  dtype: jnp.dtype = jnp.float32
   last_init: nn.initializers.Initializer = XAVIER
-  attention: str = "xla"
   time_in: str = "tmsa"
-  constrain: Constrain = unconstrained
+  compute: Compute = Compute()
 
   @nn.compact
   def __call__(
@@ -210,33 +137,25 @@ class DiffiTBlock(nn.Module):
 
     `sample_index` [b] turns dropout on (with a "dropout" rng); None is off.
     """
-    attention = TMSA(
+    dtype, constrain = self.compute.dtype, self.compute.constrain
+    attention = attention_with(
+      self.time_in,
       self.num_heads,
       self.window_size,
-      dtype=self.dtype,
       proj_init=self.last_init,
-      attention=self.attention,
-      time_in=self.time_in,
-      constrain=self.constrain,
+      compute=self.compute,
       name="attn",
     )
     mlp = MLP(
-      self.mlp_ratio,
-      self.dropout,
-      self.dtype,
-      self.last_init,
-      self.constrain,
-      name="mlp",
+      self.mlp_ratio, self.dropout, self.last_init, self.compute, name="mlp"
     )
-    x = self.constrain(x)
-    x = x + attention(layer_norm(x, self.dtype), time)  # (7)
-    h = layer_norm(x, self.dtype)
+    x = constrain(x)
+    x = x + attention(layer_norm(x, dtype), time)  # (7)
+    h = layer_norm(x, dtype)
     if TIME_IN[self.time_in].mlp:
-      h += nn.Dense(
-        x.shape[-1], dtype=self.dtype, kernel_init=XAVIER, name="mlp_temb"
-      )(time)[:, None, None, :]
+      h += linear(x.shape[-1], dtype, "mlp_temb")(time)[:, None, None, :]
     x = x + mlp(h, sample_index)  # (8)
-    return self.constrain(x)
+    return constrain(x)
 
 
 class ResBlock(nn.Module):
@@ -248,10 +167,8 @@ class ResBlock(nn.Module):
     window_size: side of the attention windows, None for global.
     mlp_ratio: hidden width of the MLP over `features`.
     dropout: rate in the MLP.
-    dtype: of matrix products, convolutions and the residual stream.
-    attention: "xla" or "cudnn".
     time_in: where time enters, a key of `TIME_IN`.
-    constrain: applied to the activations that products make.
+    compute: dtype, kernel of the attention, and so on.
   """
 
   features: int
@@ -259,10 +176,8 @@ class ResBlock(nn.Module):
   window_size: int | None = None
   mlp_ratio: int = 4
   dropout: float = 0.0
-  dtype: jnp.dtype = jnp.float32
-  attention: str = "xla"
   time_in: str = "tmsa"
-  constrain: Constrain = unconstrained
+  compute: Compute = Compute()
 
   @nn.compact
   def __call__(
@@ -272,22 +187,21 @@ class ResBlock(nn.Module):
     sample_index: jax.Array | None = None,
   ) -> jax.Array:
     """[b, h, w, c], [b, ct] -> [b, h, w, features]."""
+    dtype, constrain = self.compute.dtype, self.compute.constrain
     block = DiffiTBlock(
       num_heads=self.features // self.head_dim,
       window_size=self.window_size,
       mlp_ratio=self.mlp_ratio,
       dropout=self.dropout,
-      dtype=self.dtype,
       last_init=NEAR_ZERO,
-      attention=self.attention,
       time_in=self.time_in,
-      constrain=self.constrain,
+      compute=self.compute,
       name="block",
     )
-    h = nn.silu(group_norm(x.shape[-1], self.dtype, "norm")(x))
-    h = self.constrain(conv(self.features, 3, self.dtype, "conv")(h))  # (9)
+    h = nn.silu(group_norm(x.shape[-1], dtype, "norm")(x))
+    h = constrain(conv(self.features, 3, dtype, "conv")(h))  # (9)
     if x.shape[-1] != self.features:
-      x = self.constrain(conv(self.features, 1, self.dtype, "skip")(x))
+      x = constrain(conv(self.features, 1, dtype, "skip")(x))
     return block(h, time, sample_index) + x  # (10)
 
 

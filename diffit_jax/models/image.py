@@ -15,36 +15,31 @@ decoder's start.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.attention import ATTENTIONS, Constrain, unconstrained
-from diffit_jax.models.blocks import (
-  NEAR_ZERO,
-  MapParams,
-  ResBlock,
-  check_options,
-  conv,
-  group_norm,
-  transform,
-)
+from diffit_jax.models.blocks import NEAR_ZERO, ResBlock, conv, group_norm
+from diffit_jax.models.compute import Network
 from diffit_jax.models.embeddings import EMBEDDINGS, NoiseEmbedding
-from diffit_jax.models.time_in import check_time_in
+from diffit_jax.models.kernels import AttentionShape
+from diffit_jax.models.time_in import TIME_IN
 
 OPTIONS = {
   "skip": ("concat", "add", "per_block"),
   "head_act": ("silu", "none"),
   "resize": ("conv", "bilinear"),
   "embedding": EMBEDDINGS,
+  "time_in": tuple(TIME_IN),
 }
 
 
-class ImageDiffiT(nn.Module):
+class ImageDiffiT(Network):
   """The raw network F(x, c_noise) of the image-space model.
+
+  Attributes as of `Network`, and
 
   Attributes:
     channels: of input and output images.
@@ -69,16 +64,9 @@ class ImageDiffiT(nn.Module):
     resize: "conv", or "bilinear" without parameters (appendix I.1).
     decoder_in_conv: a Conv3x3 at the start of the decoder, as the text has it
       and the figure has not.
-    dtype: of the blocks' matrix products and residual stream.
-    remat: what each block recomputes in the backward pass: "none"; "dots",
-      all but the products with weights; "full", everything.
-    attention: "xla", or "cudnn" for NVIDIA's fused kernel.
     time_in: where time enters the blocks: "tmsa", or what the paper compares it
       with, see `time_in`.
     embedding: of the noise level, "positional" or "fourier" (Table 8).
-    constrain: says where activations lie on the devices.
-    map_params: applied to each block's parameters where they are used, to
-      gather them from the devices that share them.
   """
 
   channels: int = 3
@@ -96,30 +84,17 @@ class ImageDiffiT(nn.Module):
   head_act: str = "silu"
   resize: str = "conv"
   decoder_in_conv: bool = False
-  dtype: jnp.dtype = jnp.float32
-  remat: str = "none"
-  attention: str = "xla"
   time_in: str = "tmsa"
   embedding: str = "positional"
-  constrain: Constrain = unconstrained
-  map_params: MapParams | None = None
-  attentions: ClassVar[tuple[str, ...]] = ATTENTIONS
 
-  def attention_sizes(self, side: int) -> list[tuple[int, int, int]]:
-    """(heads, width of a head, side of a window) of each level's attention.
-
-    Args:
-      side: of the images.
-    """
-    sides = [side // 2**level for level in range(len(self.channel_mult))]
-    return [
-      (
-        self.base_channels * factor // self.head_dim,
-        self.head_dim,
-        min(self.window_size or side, side),
-      )
-      for factor, side in zip(self.channel_mult, sides)
-    ]
+  def attention_shapes(self, side: int) -> list[AttentionShape]:
+    """That of each level, for images of side x side."""
+    shapes, bias = [], TIME_IN[self.time_in].bias
+    for level, factor in enumerate(self.channel_mult):
+      window = min(self.window_size or side, side // 2**level)
+      heads = self.base_channels * factor // self.head_dim
+      shapes.append(AttentionShape(window**2, heads, self.head_dim, bias))
+    return shapes
 
   @nn.compact
   def __call__(
@@ -171,17 +146,14 @@ class ImageDiffiT(nn.Module):
 
   def _block(self, width: int, name: str) -> nn.Module:
     """The block (h, time, sample_index) -> h of that name."""
-    block = transform(ResBlock, self.remat, self.map_params)
-    return block(
+    return self.compute.transform(ResBlock)(
       width,
       self.head_dim,
       self.window_size,
       self.mlp_ratio,
       self.dropout,
-      self.dtype,
-      self.attention,
       self.time_in,
-      self.constrain,
+      self.compute,
       name=name,
     )
 
@@ -220,8 +192,6 @@ class ImageDiffiT(nn.Module):
         raise UserError(
           f"model.{field}={getattr(self, field)!r}: use one of {allowed}"
         )
-    check_options(self.remat, self.attention, self.attentions)
-    check_time_in(self.time_in, self.attention)
     levels = len(self.channel_mult)
     widths = [self.base_channels * m for m in self.channel_mult]
     depths = self.num_blocks
@@ -252,6 +222,7 @@ class ImageDiffiT(nn.Module):
         f"images of {x.shape[1]}x{x.shape[2]} cannot be halved"
         f" {levels - 1} times for the {levels} levels of model.channel_mult"
       )
+    self._check_compute(x.shape[1], f"model.time_in={self.time_in!r}")
     return widths, depths
 
   def _down(self, x: jax.Array, name: str) -> jax.Array:

@@ -29,32 +29,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.attention import (
-  ATTENTIONS,
-  XAVIER,
-  Constrain,
-  unconstrained,
-)
-from diffit_jax.models.blocks import (
-  DiffiTBlock,
-  MapParams,
-  check_options,
-  transform,
-)
+from diffit_jax.models.blocks import DiffiTBlock
+from diffit_jax.models.compute import Network
 from diffit_jax.models.embeddings import (
   LabelEmbedding,
   TimestepEmbedding,
   sincos_positions,
 )
-from diffit_jax.models.flat_product import flat_dot_general
+from diffit_jax.models.kernels import AttentionShape
 from diffit_jax.models.layer_norm import layer_norm
+from diffit_jax.models.linear import linear
 
 STACKED = "blocks"
 BIAS_TABLE = "relative_position_bias_table"
 
 
-class LatentDiffiT(nn.Module):
+class LatentDiffiT(Network):
   """The raw network of the latent model: noise and, if learned, variance.
+
+  Attributes as of `Network`, and
 
   Attributes:
     input_size: side of the latent (image side / 8 with the SD VAE).
@@ -69,15 +62,8 @@ class LatentDiffiT(nn.Module):
       training with label dropout and for guidance.
     learn_sigma: whether the output also holds a variance for each channel.
     frequency_dim: width of the sinusoidal timestep embedding.
-    dtype: of the blocks' matrix products and residual stream.
-    remat: what each block recomputes in the backward pass: "none"; "dots",
-      all but the products with weights; "full", everything.
     scan_blocks: one traced block in a loop, with parameters stacked on axis 0
       under "blocks"; otherwise "blocks_0", "blocks_1", ...
-    attention: "xla", or "cudnn" for NVIDIA's fused kernel.
-    constrain: says where activations lie on the devices.
-    map_params: applied to each block's parameters where they are used, to
-      gather them from the devices that share them.
   """
 
   input_size: int = 32
@@ -91,14 +77,9 @@ class LatentDiffiT(nn.Module):
   null_label: bool = True
   learn_sigma: bool = True
   frequency_dim: int = 256
-  dtype: jnp.dtype = jnp.float32
-  remat: str = "none"
   scan_blocks: bool = True
-  attention: str = "xla"
-  constrain: Constrain = unconstrained
-  map_params: MapParams | None = None
   block_type: ClassVar[type[nn.Module]] = DiffiTBlock
-  attentions: ClassVar[tuple[str, ...]] = ATTENTIONS
+  bias: ClassVar[str] = "shared"  # of the blocks' attention
 
   @property
   def grid(self) -> int:
@@ -109,14 +90,11 @@ class LatentDiffiT(nn.Module):
   def out_channels(self) -> int:
     return self.channels * (2 if self.learn_sigma else 1)
 
-  def attention_sizes(self, side: int) -> list[tuple[int, int, int]]:
-    """(heads, width of a head, side of the tokens) of each kind of attention.
-
-    Args:
-      side: of the latents.
-    """
+  def attention_shapes(self, side: int) -> list[AttentionShape]:
+    """The one that all blocks have, for latents of side x side."""
+    tokens = (side // self.patch_size) ** 2
     width = self.hidden_dim // self.num_heads
-    return [(self.num_heads, width, side // self.patch_size)]
+    return [AttentionShape(tokens, self.num_heads, width, self.bias)]
 
   @nn.compact
   def __call__(
@@ -152,24 +130,15 @@ class LatentDiffiT(nn.Module):
       pr=self.patch_size,
       pc=self.patch_size,
     )
-    h = nn.Dense(
-      self.hidden_dim,
-      kernel_init=XAVIER,
-      dot_general=flat_dot_general,
-      name="patch_embed",
-    )(patches)
+    h = linear(self.hidden_dim, jnp.float32, "patch_embed")(patches)
     positions = sincos_positions(self.hidden_dim, self.grid)
     h += positions.reshape(self.grid, self.grid, -1)  # (11)
     h = self.constrain(h)
 
     h = self._run_blocks(h.astype(self.dtype), time)
 
-    h = nn.Dense(
-      self.patch_size**2 * self.out_channels,
-      kernel_init=nn.initializers.zeros,
-      dot_general=flat_dot_general,
-      name="head",
-    )(self._normalise(h, time))
+    width, init = self.patch_size**2 * self.out_channels, nn.initializers.zeros
+    h = linear(width, jnp.float32, "head", init)(self._normalise(h, time))
     return einops.rearrange(
       h,
       "b i j (pr pc c) -> b (i pr) (j pc) c",
@@ -183,18 +152,11 @@ class LatentDiffiT(nn.Module):
     return nn.silu(layer_norm(h, jnp.float32))
 
   def _run_blocks(self, h: jax.Array, time: jax.Array) -> jax.Array:
-    block = transform(
-      self.block_type,
-      self.remat,
-      self.map_params,
-      prevent_cse=not self.scan_blocks,
+    block = self.compute.transform(
+      self.block_type, prevent_cse=not self.scan_blocks
     )
     fields = dict(
-      num_heads=self.num_heads,
-      mlp_ratio=self.mlp_ratio,
-      dtype=self.dtype,
-      attention=self.attention,
-      constrain=self.constrain,
+      num_heads=self.num_heads, mlp_ratio=self.mlp_ratio, compute=self.compute
     )
     if not self.scan_blocks:
       for i in range(self.depth):
@@ -210,7 +172,6 @@ class LatentDiffiT(nn.Module):
     return scan(block(**fields, name=STACKED), h, time)[0]
 
   def _check(self, x: jax.Array, labels: jax.Array | None) -> None:
-    check_options(self.remat, self.attention, self.attentions)
     if self.hidden_dim % 4 or self.hidden_dim % self.num_heads:
       raise UserError(
         f"model.hidden_dim={self.hidden_dim} must be a multiple of 4 and of"
@@ -230,6 +191,7 @@ class LatentDiffiT(nn.Module):
       )
     if labels is None and not self.null_label:
       raise UserError("labels are needed: this model has no null label")
+    self._check_compute(self.input_size, type(self).__name__)
 
 
 def stack_blocks(params: Mapping) -> dict:

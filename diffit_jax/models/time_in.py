@@ -20,8 +20,6 @@ without the relative position bias.
 
 import dataclasses
 
-from diffit_jax.errors import UserError
-
 
 @dataclasses.dataclass(frozen=True)
 class TimeIn:
@@ -29,45 +27,28 @@ class TimeIn:
 
   Attributes:
     qkv: queries, keys and values.
-    bias_table: the table of the relative position bias.
     output: the projected output of the attention.
     mlp: the input of the MLP.
-    has_bias: whether there is a relative position bias at all.
+    bias: relative position bias, "shared" by all samples; "each" sample has
+      one, from a table that time is added to; or "none".
   """
 
   qkv: bool = False
-  bias_table: bool = False
   output: bool = False
   mlp: bool = False
-  has_bias: bool = True
+  bias: str = "shared"
+
+  @property
+  def in_attention(self) -> bool:
+    """Whether time enters the attention at all."""
+    return self.qkv or self.output or self.bias == "each"
 
 
 TIME_IN = {
   "tmsa": TimeIn(qkv=True),
-  "rpb_time": TimeIn(bias_table=True),
-  "mlp_time": TimeIn(mlp=True, has_bias=False),
+  "rpb_time": TimeIn(bias="each"),
+  "mlp_time": TimeIn(mlp=True, bias="none"),
   "separate": TimeIn(output=True),
   "plain": TimeIn(),
-  "none": TimeIn(has_bias=False),
+  "none": TimeIn(bias="none"),
 }
-
-
-def check_time_in(name: str, attention: str = "xla") -> None:
-  """Refuses an unknown name, or one that the kernel cannot compute.
-
-  Args:
-    name: a key of TIME_IN.
-    attention: name of the attention's implementation.
-  """
-  if name not in TIME_IN:
-    raise UserError(f"model.time_in={name!r}: use one of {tuple(TIME_IN)}")
-  if attention == "cudnn" and not _is_shared_bias(TIME_IN[name]):
-    found = "one each" if name == "rpb_time" else "none"
-    raise UserError(
-      f"model.attention='cudnn' wants one bias for all samples, and"
-      f" model.time_in={name!r} has {found}: use model.attention='xla'"
-    )
-
-
-def _is_shared_bias(entry: TimeIn) -> bool:
-  return entry.has_bias and not entry.bias_table

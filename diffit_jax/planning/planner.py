@@ -10,13 +10,14 @@ import dataclasses
 from absl import logging
 from ml_collections import config_dict
 
+from diffit_jax.models.compute import REMAT_POLICIES
 from diffit_jax.planning import aot, hlo
 from diffit_jax.planning import collectives as collectives_lib
 from diffit_jax.planning import roofline as roofline_lib
 from diffit_jax.planning import traffic as traffic_lib
 from diffit_jax.planning.topology import Topology
 
-REMATS = ("none", "dots", "full")  # from the fewest FLOPs to the most
+REMATS = tuple(REMAT_POLICIES)  # from the fewest FLOPs to the most
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ an error, so one is only used after its output and its gradients, that of the
 bias first, were compared with plain XLA's on the machine that will train.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,95 +14,80 @@ import numpy as np
 
 from diffit_jax import models
 from diffit_jax.errors import UserError
-from diffit_jax.models import attention
+from diffit_jax.models import kernels
+from diffit_jax.models.kernels import PLAIN, AttentionShape
 
-NAMES = ("output", "d(bias)", "d(q)", "d(k)", "d(v)")
 # Error in units of bfloat16 XLA's own error: rounding in another order. XLA may
 # keep more digits than bfloat16 has, so that its error is at least ROUNDING.
 TOLERANCE = 4.0
 ROUNDING = 2.0**-9
 
 
-def check_config(config: config_dict.ConfigDict, platform: str) -> None:
-  """Refuses cuDNN attention where it cannot run at all."""
-  if config.model.get("attention", "xla") != "cudnn":
-    return
-  models.make_model(config.model)  # refuses a model that has none
-  if platform != "gpu":
-    raise UserError(
-      f"model.attention={config.model.attention!r} needs an NVIDIA GPU, not a"
-      f" {platform}: use model.attention=xla"
-    )
-  if config.model.dtype != "bfloat16":
-    raise UserError(
-      "model.attention='cudnn' computes in bfloat16: set"
-      " model.dtype=bfloat16, or model.attention=xla"
-    )
-
-
 def probe_config(config: config_dict.ConfigDict) -> None:
-  """Runs the probe with the config's head and window sizes, where it asks."""
-  if config.model.get("attention", "xla") != "cudnn":
+  """Runs the probe with the config's attention, where it asks for a kernel."""
+  kernel = config.model.get("attention", PLAIN)
+  if kernel == PLAIN:
     return
   model = models.make_model(config.model)
-  for sizes in model.attention_sizes(config.data.resolution):
-    probe(*sizes)
+  for shape in dict.fromkeys(model.attention_shapes(config.data.resolution)):
+    probe(kernel, shape)
 
 
-def probe(
-  num_heads: int, head_dim: int, side: int, attend: Callable | None = None
-) -> None:
-  """Compares a fused kernel with XLA on random bfloat16 tokens.
+def probe(kernel: str, shape: AttentionShape) -> None:
+  """Compares a kernel with plain XLA on random bfloat16 tokens.
 
   Args:
-    num_heads: of the model's attention.
-    head_dim: width of one head.
-    side: of the square of tokens that attend to each other.
-    attend: (q, k, v, bias) -> output; None is cuDNN's.
+    kernel: a key of `kernels.KERNELS`.
+    shape: of the attention to be computed.
 
   Raises:
     UserError: it fails to run, or its output or a gradient is off.
   """
-  if attend is None:
-    attend = lambda *args: attention.attend(*args, attention="cudnn")
-  n = side**2
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
   # Batches of 3 windows: a kernel that forgets to sum d(bias) over them shows.
-  q, k, v, weight = (draw(3, num_heads, n, head_dim) for _ in range(4))
-  bias = draw(num_heads, n, n).astype(jnp.float32)
-  args = (q, k, v, bias)
-  exact = tuple(x.astype(jnp.float32) for x in args)
+  qkv = 3, shape.heads, shape.tokens, shape.width
+  q, k, v, weight = (draw(*qkv) for _ in range(4))
+  tokens = {"q": q, "k": k, "v": v}
+  if shape.bias != "none":
+    lead = (3,) if shape.bias == "each" else ()
+    bias = draw(*lead, shape.heads, shape.tokens, shape.tokens)
+    tokens = {"bias": bias.astype(jnp.float32), **tokens}
+  exact = {name: x.astype(jnp.float32) for name, x in tokens.items()}
   with jax.default_matmul_precision("highest"):
-    expected = _outputs(attention.attend, exact, weight)
-  plain = _outputs(attention.attend, args, weight)
+    expected = _outputs(PLAIN, exact, weight)
+  plain = _outputs(PLAIN, tokens, weight)
   try:
-    found = _outputs(attend, args, weight)
+    found = _outputs(kernel, tokens, weight)
   except Exception as error:  # whatever the kernel's library raises
     raise UserError(
-      f"model.attention='cudnn' does not run here ({_first_line(error)}): use"
-      " model.attention=xla"
+      f"model.attention={kernel!r} does not run here ({_first_line(error)}):"
+      f" use model.attention={PLAIN}"
     ) from error
-  for name, a, b, c in zip(NAMES, found, plain, expected):
-    error, usual = _distance(a, c), max(_distance(b, c), ROUNDING)
+  for name in expected:
+    error = _distance(found[name], expected[name])
+    usual = max(_distance(plain[name], expected[name]), ROUNDING)
     if not error <= TOLERANCE * usual:
       raise UserError(
-        f"model.attention='cudnn' gives a wrong {name} here: relative error"
+        f"model.attention={kernel!r} gives a wrong {name} here: relative error"
         f" {error:.1e}, plain XLA in bfloat16 {usual:.1e}: use"
-        " model.attention=xla"
+        f" model.attention={PLAIN}"
       )
 
 
-def _outputs(attend: Callable, args: tuple, weight) -> tuple:
-  """(output, d(bias), dq, dk, dv) of sum(weight * output)."""
+def _outputs(
+  kernel: str, tokens: Mapping[str, jax.Array], weight: jax.Array
+) -> dict[str, np.ndarray]:
+  """The output, and the gradients "d(bias)" and so on of sum(weight * it)."""
 
-  def total(q, k, v, bias):
-    out = attend(q, k, v, bias)
+  def total(tokens):
+    out = kernels.attend(**{"bias": None, **tokens}, kernel=kernel)
     return jnp.sum((weight * out).astype(jnp.float32)), out
 
-  run = jax.jit(jax.grad(total, argnums=(3, 0, 1, 2), has_aux=True))
-  gradients, out = run(*args)
-  return tuple(np.asarray(x, np.float64) for x in (out, *gradients))
+  gradients, out = jax.jit(jax.grad(total, has_aux=True))(tokens)
+  outputs = {"output": out}
+  outputs |= {f"d({name})": gradients[name] for name in tokens}
+  return {name: np.asarray(x, np.float64) for name, x in outputs.items()}
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -14,6 +14,7 @@ from diffit_jax import models
 from diffit_jax.diffusion import kinds
 from diffit_jax.environment import PRNG
 from diffit_jax.errors import UserError
+from diffit_jax.models import kernels
 from diffit_jax.parallel import mesh as mesh_lib
 from diffit_jax.parallel import sharding
 from diffit_jax.run.state import (
@@ -22,13 +23,7 @@ from diffit_jax.run.state import (
   abstract_state,
   make_init,
 )
-from diffit_jax.training import (
-  attention_probe,
-  checks,
-  cost,
-  objective,
-  step,
-)
+from diffit_jax.training import checks, cost, objective, step
 from diffit_jax.training.optimizer import make_optimizer
 
 
@@ -64,8 +59,9 @@ def build(
   checks.check_consistent(config)
   mesh = mesh_lib.make_mesh(**config.mesh, devices=devices)
   _check_batch(mesh, config)
-  attention_probe.check_config(config, mesh.devices.flat[0].platform)
   model = models.make_model(config.model)
+  platform = mesh.devices.flat[0].platform
+  kernels.check_machine(model.attention, platform, model.dtype.name)
   optimizer = make_optimizer(config.optimizer, config.batch_size)
   init = make_init(
     lambda: init_params(model, config.data.resolution, config.seed),

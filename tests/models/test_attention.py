@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from diffit_jax.errors import UserError
-from diffit_jax.models import attention
+from diffit_jax.models import attention, kernels
+from diffit_jax.models.compute import Compute
 from goldens import hfill
 
 HEADS, CHANNELS, TIME = 2, 8, 12
@@ -148,7 +149,7 @@ def test_time_token_acts_like_an_extended_token():
   bias = attention.relative_position_bias(
     params["relative_position_bias_table"], 4
   )
-  out = attention.attend(q, k, v, bias)
+  out = kernels.attend(q, k, v, bias)
   out = einops.rearrange(out, "b h (i j) d -> b i j (h d)", i=4)
   out = out @ params["proj"]["kernel"] + params["proj"]["bias"]
   np.testing.assert_allclose(apply(params, x, time), out, atol=2e-6)
@@ -165,7 +166,7 @@ def test_derivatives_of_the_bias_are_those_of_the_formula(shape, x64):
     weights = jnp.exp(q @ k.swapaxes(-1, -2) / 6**0.5 + bias)
     return weights / weights.sum(axis=-1, keepdims=True) @ v
 
-  ours = lambda bias: attention.attend(q, k, v, bias)
+  ours = lambda bias: kernels.attend(q, k, v, bias)
   forward = lambda f: jax.jvp(f, (bias,), (tangent,))
   for found, wanted in zip(forward(ours), forward(formula)):
     np.testing.assert_allclose(found, wanted, atol=1e-12)
@@ -231,7 +232,7 @@ def test_wrong_sizes_are_refused(window, shape, message):
 
 def test_bfloat16_keeps_softmax_and_parameters_in_float32():
   params, (x, time) = golden_params(4), golden_input()
-  module = attention.TMSA(HEADS, dtype=jnp.bfloat16)
+  module = attention.TMSA(HEADS, compute=Compute(jnp.bfloat16))
   out = module.apply({"params": params}, x, time)
   assert out.dtype == jnp.bfloat16
   # bfloat16 keeps 8 bits: 2^-8 of values near 2, through three products.

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffit_jax.models.attention import softmax
 from diffit_jax.models.blocks import gelu
-from diffit_jax.models.flat_product import flat_dot_general
+from diffit_jax.models.kernels import softmax
 from diffit_jax.models.layer_norm import layer_norm
+from diffit_jax.models.linear import flat_dot_general
 
 X = np.random.default_rng(0).normal(size=(3, 5, 7)) * 4
 

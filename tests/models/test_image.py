@@ -9,6 +9,7 @@ import pytest
 
 from diffit_jax.errors import UserError
 from diffit_jax.models import ImageDiffiT, blocks, embeddings, make_model
+from diffit_jax.models.attention import TMSA
 
 TINY = dict(
   base_channels=16,
@@ -110,7 +111,7 @@ def test_block_is_equations_7_and_8():
     centred = x - x.mean(-1, keepdims=True)
     return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
 
-  attention = blocks.TMSA(2)
+  attention = TMSA(2)
   attend = jax.jit(attention.apply)
   h = x + attend({"params": params["attn"]}, norm(x), time)
   p = params["mlp"]

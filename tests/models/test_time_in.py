@@ -34,8 +34,8 @@ def run(module, params, x=X, t=T):
   )
 
 
-def tmsa(name):
-  return attention.TMSA(HEADS, WINDOW, time_in=name)
+def attention_at(name):
+  return attention.attention_with(name, HEADS, WINDOW)
 
 
 def linear(params, x):
@@ -83,7 +83,7 @@ def attend(params, x, t, name):
 
 @pytest.mark.parametrize("name", TIME_IN)
 def test_attention_is_what_the_table_says(name):
-  module = tmsa(name)
+  module = attention_at(name)
   params = draw(module)
   want = [attend(params, x, t, name) for x, t in zip(X, T)]
   np.testing.assert_allclose(run(module, params), want, atol=2e-5)

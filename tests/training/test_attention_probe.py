@@ -14,9 +14,20 @@ from configs import (
 )
 from diffit_jax import models
 from diffit_jax.errors import UserError
-from diffit_jax.models.attention import attend
+from diffit_jax.models import kernels
+from diffit_jax.models.baselines.dit import DiT
+from diffit_jax.models.kernels import AttentionShape, attend
 from diffit_jax.training import attention_probe, checks
 from diffit_jax.training import program as program_lib
+
+SHAPE = AttentionShape(tokens=16, heads=2, width=16, bias="shared")
+
+
+def probe(kernel, bias="shared"):
+  """Probes a function that a row of the table makes a kernel."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(kernels.KERNELS, "made_up", kernels.Kernel(kernel))
+    attention_probe.probe("made_up", SHAPE._replace(bias=bias))
 
 
 def in_another_order(q, k, v, bias):
@@ -24,7 +35,8 @@ def in_another_order(q, k, v, bias):
   logits = jnp.einsum(
     "bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32
   )
-  logits = logits * q.shape[-1] ** -0.5 + bias.astype(q.dtype)
+  logits = logits * q.shape[-1] ** -0.5
+  logits += 0 if bias is None else bias.astype(q.dtype)
   half = logits.shape[-1] // 2
   top = logits.max(-1, keepdims=True)
   weights = jnp.exp(logits - top)
@@ -39,8 +51,35 @@ def in_another_order(q, k, v, bias):
   return ((parts[0] + parts[1]) / total).astype(v.dtype)
 
 
-def test_a_right_kernel_passes():
-  attention_probe.probe(2, 16, 4, in_another_order)
+@pytest.mark.parametrize("bias", ["shared", "each", "none"])
+def test_a_right_kernel_passes(bias):
+  probe(in_another_order, bias)
+
+
+def test_a_kernel_is_one_row_of_the_table(monkeypatch):
+  """Networks without a bias take it, too, and its refusals are its own."""
+  model = DiT(input_size=8, depth=1, num_classes=3, attention="made_up")
+  arrays = jax.random.key(0), jnp.zeros((1, 8, 8, 4)), jnp.zeros(1)
+  with pytest.raises(UserError, match=r"'made_up': use one of \('xla',\)"):
+    jax.eval_shape(model.init, *arrays)
+  found = []
+
+  def kernel(q, k, v, bias):
+    heads, tokens, width = q.shape[-3:]
+    found.append(AttentionShape(tokens, heads, width, str(bias)))
+    return v
+
+  refusal = lambda shape: "wants few tokens of {}" * (shape.tokens > 16)
+  row = kernels.Kernel(kernel, dtype="bfloat16", refusal=refusal)
+  monkeypatch.setitem(kernels.KERNELS, "made_up", row)
+  jax.eval_shape(model.init, *arrays)
+  assert found[0] == model.attention_shapes(8)[0]._replace(bias="None")
+  kernels.check_machine("made_up", "tpu", "bfloat16")
+  with pytest.raises(UserError, match="'made_up' computes in bfloat16: set"):
+    kernels.check_machine("made_up", "tpu", "float32")
+  message = "'made_up' wants few tokens of DiT: use model.attention='xla'"
+  with pytest.raises(UserError, match=message):
+    jax.eval_shape(model.clone(patch_size=1).init, *arrays)
 
 
 def without_bias(q, k, v, bias):
@@ -90,18 +129,18 @@ def transposed(q, k, v, bias):
 )
 def test_wrong_kernels_are_refused(kernel, what):
   with pytest.raises(UserError, match=f"wrong {what} here.*attention=xla"):
-    attention_probe.probe(2, 16, 4, kernel)
+    probe(kernel)
 
 
 @pytest.mark.parametrize(
-  "config, sizes",
+  "config, shapes",
   [
-    (imagenet512.get_config(), [(16, 72, 32)]),
-    (ffhq64.get_config(), [(2, 64, 8), (4, 64, 8), (4, 64, 8), (4, 64, 8)]),
+    (imagenet512.get_config(), [(32**2, 16, 72, "shared")]),
+    (ffhq64.get_config(), [(64, 2, 64, "shared"), (64, 4, 64, "shared")]),
   ],
   ids=["imagenet512", "ffhq64"],
 )
-def test_every_size_of_the_model_is_probed(config, sizes, monkeypatch):
+def test_every_shape_of_the_model_is_probed(config, shapes, monkeypatch):
   found = []
   monkeypatch.setattr(
     attention_probe, "probe", lambda *args: found.append(args)
@@ -110,7 +149,7 @@ def test_every_size_of_the_model_is_probed(config, sizes, monkeypatch):
   assert not found  # plain XLA needs none
   config.model.attention = "cudnn"
   attention_probe.probe_config(config)
-  assert found == sizes
+  assert found == [("cudnn", shape) for shape in shapes]
 
 
 def test_cudnn_is_refused_where_it_cannot_run():
@@ -119,10 +158,9 @@ def test_cudnn_is_refused_where_it_cannot_run():
   with pytest.raises(UserError, match="needs an NVIDIA GPU, not a cpu"):
     program_lib.build(config)
   with pytest.raises(UserError, match="does not run here.*attention=xla"):
-    attention_probe.probe(2, 16, 4)
-  config.model.dtype = "float32"
+    attention_probe.probe("cudnn", SHAPE)
   with pytest.raises(UserError, match="model.dtype=bfloat16"):
-    attention_probe.check_config(config, "gpu")
+    kernels.check_machine("cudnn", "gpu", "float32")
 
 
 @pytest.mark.parametrize(
@@ -142,7 +180,6 @@ def test_cudnn_is_refused_where_a_model_does_not_have_it(config):
     " and latent_diffit have it; use model.attention=xla$"
   )
   for refuse in (
-    lambda: attention_probe.check_config(config, "gpu"),
     lambda: checks.check_consistent(config),
     lambda: models.make_model(config.model),
   ):
@@ -156,3 +193,34 @@ def test_unknown_ways_to_compute_are_refused():
     config.model[field] = "foo"
     with pytest.raises(UserError, match=f"model.{field}='foo': use one of"):
       program_lib.build(config)
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    cifar10.get_config("debug"),
+    cifar10.get_config("debug,rung=A"),
+    cifar10.get_config("debug,rung=C"),
+    cifar10.get_config("debug,rung=D"),
+    cifar10_song.get_config("debug,tmsa"),
+    digits.get_config("debug,time_in=rpb_time"),
+    imagenet256.get_config("debug"),
+    imagenet256.get_config("debug,modulation=dit"),
+  ],
+  ids=lambda config: config.name,
+)
+def test_a_network_tells_what_it_computes(config, monkeypatch):
+  found = set()
+
+  def kernel(q, k, v, bias):
+    heads, tokens, width = q.shape[-3:]
+    kinds = {0: "none", 3: "shared", 5: "each"}
+    kind = kinds[0 if bias is None else bias.ndim]
+    found.add(AttentionShape(tokens, heads, width, kind))
+    return v
+
+  monkeypatch.setitem(kernels.KERNELS, kernels.PLAIN, kernels.Kernel(kernel))
+  model, side = models.make_model(config.model), config.data.resolution
+  x = jnp.zeros((1, side, side, model.channels))
+  jax.eval_shape(model.init, jax.random.key(0), x, jnp.zeros(1))
+  assert found == set(model.attention_shapes(side))

@@ -19,20 +19,17 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffit_jax.models.attention import TMSA, Constrain, unconstrained
-from diffit_jax.models.blocks import MLP, XAVIER
+from diffit_jax.models.attention import Attention
+from diffit_jax.models.blocks import MLP
+from diffit_jax.models.compute import Compute
 from diffit_jax.models.latent import LatentDiffiT
 from diffit_jax.models.layer_norm import layer_norm
+from diffit_jax.models.linear import XAVIER, linear
 
 
 def modulation(time: jax.Array, parts: int, features: int, dtype, name: str):
   """W SiLU(c) in parts of [b, 1, 1, features] each; W starts at zero."""
-  dense = nn.Dense(
-    parts * features,
-    dtype=dtype,
-    kernel_init=nn.initializers.zeros,
-    name=name,
-  )
+  dense = linear(parts * features, dtype, name, nn.initializers.zeros)
   return einops.rearrange(
     dense(nn.silu(time)), "b (part c) -> part b 1 1 c", part=parts
   )
@@ -43,41 +40,29 @@ class DiTBlock(nn.Module):
 
   num_heads: int
   mlp_ratio: float = 4
-  dtype: jnp.dtype = jnp.float32
-  attention: str = "xla"
-  constrain: Constrain = unconstrained
+  compute: Compute = Compute()
 
   @nn.compact
   def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
     """[b, h, w, c], [b, ct] -> [b, h, w, c]."""
-    attention = TMSA(
-      self.num_heads,
-      dtype=self.dtype,
-      attention=self.attention,
-      time_in="none",
-      constrain=self.constrain,
-      name="attn",
-    )
-    mlp = MLP(
-      self.mlp_ratio, 0.0, self.dtype, XAVIER, self.constrain, name="mlp"
-    )
+    dtype, constrain = self.compute.dtype, self.compute.constrain
+    attention = Attention(self.num_heads, compute=self.compute, name="attn")
+    mlp = MLP(self.mlp_ratio, 0.0, XAVIER, self.compute, name="mlp")
     b1, g1, a1, b2, g2, a2 = modulation(
-      time, 6, x.shape[-1], self.dtype, "modulation"
+      time, 6, x.shape[-1], dtype, "modulation"
     )
-    norm = lambda x, shift, scale: (
-      layer_norm(x, self.dtype) * (1 + scale) + shift
-    )
-    x = self.constrain(x)
-    x = x + a1 * attention(norm(x, b1, g1), time)  # (1)
+    norm = lambda x, shift, scale: layer_norm(x, dtype) * (1 + scale) + shift
+    x = constrain(x)
+    x = x + a1 * attention(norm(x, b1, g1))  # (1)
     x = x + a2 * mlp(norm(x, b2, g2), None)  # (2)
-    return self.constrain(x)
+    return constrain(x)
 
 
 class DiT(LatentDiffiT):
   """The raw network; attributes and call as of LatentDiffiT."""
 
   block_type: ClassVar[type[nn.Module]] = DiTBlock
-  attentions: ClassVar[tuple[str, ...]] = ("xla",)  # it has no bias
+  bias: ClassVar[str] = "none"
 
   def _normalise(self, h: jax.Array, time: jax.Array) -> jax.Array:
     shift, scale = modulation(

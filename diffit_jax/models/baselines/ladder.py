@@ -22,7 +22,7 @@ where the width changes; SETR-MLA's widths are 256 and 128, and its last
 convolution is the head that all rungs share.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import einops
 from flax import linen as nn
@@ -30,14 +30,10 @@ import jax
 import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.blocks import (
-  NEAR_ZERO,
-  XAVIER,
-  DiffiTBlock,
-  conv,
-  transform,
-)
+from diffit_jax.models.blocks import NEAR_ZERO, DiffiTBlock, conv
 from diffit_jax.models.image import ImageDiffiT
+from diffit_jax.models.kernels import AttentionShape
+from diffit_jax.models.linear import XAVIER, linear
 
 
 class Rung(NamedTuple):
@@ -73,9 +69,7 @@ class TimeAdded(nn.Module):
     """[b, h, w, c], [b, ct] -> [b, h, w, c]."""
     init = nn.initializers.ones
     gate = self.param("gate", init, x.shape[-1:], jnp.float32)
-    dense = nn.Dense(
-      x.shape[-1], dtype=self.dtype, kernel_init=XAVIER, name="map"
-    )
+    dense = linear(x.shape[-1], self.dtype, "map")
     return x + (gate * dense(time)).astype(x.dtype)[:, None, None, :]
 
 
@@ -95,7 +89,7 @@ class PlainBlock(nn.Module):
   @nn.compact
   def __call__(self, x, time, sample_index=None):
     """[b, h, w, c], [b, ct] -> [b, h, w, features]."""
-    dtype = self.block["dtype"]
+    dtype = self.block["compute"].dtype
     if x.shape[-1] != self.features:
       x = nn.Dense(
         self.features, dtype=dtype, kernel_init=XAVIER, name="width"
@@ -122,7 +116,18 @@ class LadderRung(ImageDiffiT):
   vit_depth: int = 12
   vit_heads: int = 12
   patch_size: int = 4
-  attentions: ClassVar[tuple[str, ...]] = ("xla",)  # plain blocks have no bias
+
+  def attention_shapes(self, side: int) -> list[AttentionShape]:
+    """That of each kind of block, for images of side x side."""
+    rung = RUNGS[self.rung]
+    if rung.encoder == "vit":
+      tokens = (side // self.patch_size) ** 2
+      width = self.vit_dim // self.vit_heads
+      return [AttentionShape(tokens, self.vit_heads, width, "none")]
+    levels = super().attention_shapes(side)
+    plain = [level._replace(bias="none") for level in levels]
+    encoder = levels if rung.encoder == "diffit" else plain
+    return encoder + (plain[:-1] if rung.decoder == "plain" else [])
 
   def _block(self, width: int, name: str) -> nn.Module:
     path = name.partition("_")[0]
@@ -136,16 +141,13 @@ class LadderRung(ImageDiffiT):
       window_size=None if is_vit else self.window_size,
       mlp_ratio=self.mlp_ratio,
       dropout=self.dropout,
-      dtype=self.dtype,
       last_init=NEAR_ZERO,
-      attention=self.attention,
-      constrain=self.constrain,
+      compute=self.compute,
     )
-    block = transform(PlainBlock, self.remat, self.map_params)
+    block = self.compute.transform(PlainBlock)
     return block(fields, width, is_first, name=name)
 
   def _encode(self, h, widths, depths, run_block):
-    self._check_rung(h)
     if RUNGS[self.rung].encoder != "vit":
       return super()._encode(h, widths, depths, run_block)
     return self._encode_vit(h, run_block)
@@ -191,7 +193,11 @@ class LadderRung(ImageDiffiT):
       found.append(_enlarge(x, side))
     return self.constrain(jnp.concatenate(found[::-1], axis=-1))
 
-  def _check_rung(self, h) -> None:
+  def _check(self, x):
+    self._check_rung(x.shape[1])
+    return super()._check(x)
+
+  def _check_rung(self, side: int) -> None:
     if self.rung not in RUNGS:
       raise UserError(f"model.rung={self.rung!r}: use one of {tuple(RUNGS)}")
     for field in RUNGS[self.rung].lacks:
@@ -205,10 +211,10 @@ class LadderRung(ImageDiffiT):
         )
     if self.rung != "A":
       return
-    if h.shape[1] % self.patch_size:
+    if side % self.patch_size:
       raise UserError(
         f"model.patch_size={self.patch_size} does not divide the image's side"
-        f" {h.shape[1]}"
+        f" {side}"
       )
     if self.vit_depth % 4 or self.vit_dim % self.vit_heads:
       raise UserError(

@@ -22,7 +22,6 @@ says no more than that.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 from flax import linen as nn
 import jax
@@ -30,17 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.attention import TMSA, XAVIER, Constrain, unconstrained
-from diffit_jax.models.blocks import (
-  NEAR_ZERO,
-  MapParams,
-  check_options,
-  conv,
-  drop_out,
-  group_norm,
-  transform,
-)
+from diffit_jax.models.attention import TMSA, Attention
+from diffit_jax.models.blocks import NEAR_ZERO, conv, drop_out, group_norm
+from diffit_jax.models.compute import Compute, Network
 from diffit_jax.models.embeddings import NoiseEmbedding
+from diffit_jax.models.kernels import AttentionShape
+from diffit_jax.models.linear import XAVIER, linear
 
 _SKIP_SCALE = 0.5**0.5
 _QKV_INIT = nn.initializers.variance_scaling(0.2, "fan_avg", "uniform")
@@ -86,9 +80,7 @@ class UNetBlock(nn.Module):
     taps: of the filter that resizes.
     tmsa: whether time enters the attention.
     dropout: rate before the second convolution.
-    dtype: of the products.
-    attention: "xla".
-    constrain: says where activations lie on the devices.
+    compute: dtype, kernel of the attention, and so on.
   """
 
   features: int
@@ -97,47 +89,43 @@ class UNetBlock(nn.Module):
   taps: Sequence[int] = (1, 1)
   tmsa: bool = False
   dropout: float = 0.0
-  dtype: jnp.dtype = jnp.float32
-  attention: str = "xla"
-  constrain: Constrain = unconstrained
+  compute: Compute = Compute()
 
   @nn.compact
   def __call__(self, x, emb, sample_index=None):
     """[b, h, w, c], [b, ct] -> [b, h', w', features]."""
-    norm = lambda name, x: group_norm(x.shape[-1], self.dtype, name)(x)
+    dtype, constrain = self.compute.dtype, self.compute.constrain
+    norm = lambda name, x: group_norm(x.shape[-1], dtype, name)(x)
     resized = lambda x: (
       resample(x, self.taps, self.resize == "up") if self.resize else x
     )
     h = resized(nn.silu(norm("norm0", x)))
-    h = conv(self.features, 3, self.dtype, "conv0")(h)
-    dense = nn.Dense(
-      self.features, dtype=self.dtype, kernel_init=XAVIER, name="affine"
-    )
-    h = self.constrain(h) + dense(emb)[:, None, None, :]
+    h = conv(self.features, 3, dtype, "conv0")(h)
+    shift = linear(self.features, dtype, "affine")(emb)
+    h = constrain(h) + shift[:, None, None, :]
     h = nn.silu(norm("norm1", h))
     if self.dropout and sample_index is not None:
       h = drop_out(h, self.dropout, self.make_rng("dropout"), sample_index)
-    h = conv(self.features, 3, self.dtype, "conv1", init=NEAR_ZERO)(h)
+    h = conv(self.features, 3, dtype, "conv1", init=NEAR_ZERO)(h)
     if self.resize or x.shape[-1] != self.features:
-      x = conv(self.features, 1, self.dtype, "skip")(resized(x))
-    x = self.constrain((h + x) * _SKIP_SCALE)  # (1)
+      x = conv(self.features, 1, dtype, "skip")(resized(x))
+    x = constrain((h + x) * _SKIP_SCALE)  # (1)
     if not self.has_attention:
       return x
-    attention = TMSA(
-      1,
-      dtype=self.dtype,
+    attention = (TMSA if self.tmsa else Attention)(
+      num_heads=1,
       qkv_init=_QKV_INIT,
       proj_init=NEAR_ZERO,
-      attention=self.attention,
-      time_in="tmsa" if self.tmsa else "none",
-      constrain=self.constrain,
+      compute=self.compute,
       name="attn",
     )
     return (x + attention(norm("norm2", x), emb)) * _SKIP_SCALE  # (2)
 
 
-class SongUNet(nn.Module):
+class SongUNet(Network):
   """The raw network F(x, c_noise): DDPM++, or NCSN++ with `pyramid`.
+
+  Attributes as of `Network`, and
 
   Attributes:
     channels: of input and output images.
@@ -151,11 +139,6 @@ class SongUNet(nn.Module):
     num_classes: 0 for an unconditional network.
     augment_dim: augmentation labels, 0 for none.
     dropout: rate in each block.
-    dtype: of the blocks' products.
-    remat: what each block recomputes in the backward pass.
-    attention: "xla".
-    constrain: says where activations lie on the devices.
-    map_params: applied to each block's parameters where they are used.
   """
 
   channels: int = 3
@@ -168,18 +151,21 @@ class SongUNet(nn.Module):
   num_classes: int = 0
   augment_dim: int = 9
   dropout: float = 0.0
-  dtype: jnp.dtype = jnp.float32
-  remat: str = "none"
-  attention: str = "xla"
-  constrain: Constrain = unconstrained
-  map_params: MapParams | None = None
-  # One head as wide as the map is more than fused kernels take.
-  attentions: ClassVar[tuple[str, ...]] = ("xla",)
 
   @property
   def taps(self) -> tuple[int, ...]:
     """Of the filter that resizes."""
     return (1, 3, 3, 1) if self.pyramid else (1, 1)
+
+  def attention_shapes(self, side: int) -> list[AttentionShape]:
+    """One head as wide as the map, at the sides that have it and the bottom."""
+    width, last = self.base_channels, len(self.channel_mult) - 1
+    bias = "shared" if self.tmsa else "none"
+    return [
+      AttentionShape((side // 2**level) ** 2, 1, width * factor, bias)
+      for level, factor in enumerate(self.channel_mult)
+      if level == last or side // 2**level in self.attention_sides
+    ]
 
   @nn.compact
   def __call__(
@@ -195,7 +181,7 @@ class SongUNet(nn.Module):
       "fourier" if self.pyramid else "positional",
       name="embedding",
     )(c_noise, labels, augment_labels)
-    block = transform(UNetBlock, self.remat, self.map_params)
+    block = self.compute.transform(UNetBlock)
 
     def run(h, width, name, resize="", has_attention=None):
       if has_attention is None:
@@ -207,9 +193,7 @@ class SongUNet(nn.Module):
         self.taps,
         self.tmsa,
         self.dropout,
-        self.dtype,
-        self.attention,
-        self.constrain,
+        self.compute,
         name=name,
       )(h, emb, sample_index)
 
@@ -273,7 +257,7 @@ class SongUNet(nn.Module):
     return h
 
   def _check(self, x) -> None:
-    check_options(self.remat, self.attention, self.attentions)
+    self._check_compute(x.shape[1], f"model.tmsa={self.tmsa}")
     factor = 2 ** (len(self.channel_mult) - 1)
     if x.shape[1] % factor or x.shape[2] % factor:
       raise UserError(
