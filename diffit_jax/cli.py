@@ -246,7 +246,7 @@ class RuntimeFlags:
   start_timeout: flags.FlagHolder
   heartbeat_timeout: flags.FlagHolder
 
-  def joined(self):
+  def distributed(self):
     """The context in which all processes of the run are together."""
     from diffit_jax.parallel import runtime
 
@@ -257,7 +257,7 @@ class RuntimeFlags:
       os.environ,
       runtime.has_tpu(),
     )
-    return runtime.joined(
+    return runtime.distributed(
       cluster, self.start_timeout.value, self.heartbeat_timeout.value
     )
 
@@ -271,10 +271,14 @@ def define_runtime_flags() -> RuntimeFlags:
       "HOST:PORT of process 0. Slurm and TPUs are found without these flags.",
     ),
     num_processes=flags.DEFINE_integer(
-      "num_processes", None, "Of the run. 1 is alone, whatever is found.", 1
+      "num_processes",
+      None,
+      "Total number of processes; 1 runs alone and ignores any cluster that is"
+      " found.",
+      1,
     ),
     process_id=flags.DEFINE_integer(
-      "process_id", None, "Of this process, from 0.", 0
+      "process_id", None, "Number of this process, from 0.", 0
     ),
     start_timeout=flags.DEFINE_integer(
       "start_timeout", 1800, "Seconds to wait for all processes to come.", 1
@@ -351,15 +355,15 @@ def define_sampling_flags(
 
   Args:
     num: default of --num.
-    num_help: of --num.
+    num_help: help text of --num.
   """
   flags.DEFINE_string("solver", None, f"{by_process()}. Default: the config's.")
   flags.DEFINE_integer("steps", None, "Default: the config's.")
   flags.DEFINE_string(
     "solver_options",
     None,
-    "Of the solver, as eta=1,spacing=trailing for ddim or S_churn=40 for"
-    " edm_heun. Default: the config's.",
+    "Options of the solver, such as eta=1,spacing=trailing for ddim or"
+    " S_churn=40 for edm_heun. Default: the config's.",
   )
   flags.DEFINE_float("guidance_scale", None, "1 is off. Default: the config's.")
   flags.DEFINE_enum(
@@ -368,9 +372,11 @@ def define_sampling_flags(
     ["constant", "power_cosine"],
     "Default: the config's, or constant.",
   )
-  flags.DEFINE_float("guidance_power", None, "Of the power-cosine schedule.")
+  flags.DEFINE_float(
+    "guidance_power", None, "Power of the power-cosine schedule."
+  )
   flags.DEFINE_integer(
-    "guidance_channels", None, "The first so many are guided; 0 for all.", 0
+    "guidance_channels", None, "Number of guided channels; 0 for all.", 0
   )
   flags.DEFINE_list(
     "guidance_interval",
@@ -392,7 +398,9 @@ def define_sampling_flags(
       "Classes such as 3, 0,1,2 or 0-9, dealt out in turn, or random. The"
       " number of classes stands for no class.",
     ),
-    seed=flags.DEFINE_integer("seed", 0, "Of all random draws.", 0, 2**32 - 1),
+    seed=flags.DEFINE_integer(
+      "seed", 0, "Seed of all random draws.", 0, 2**32 - 1
+    ),
     num=flags.DEFINE_integer("num", num, num_help, 1, 10**9),
     ema=flags.DEFINE_string(
       "ema",

@@ -123,7 +123,7 @@ def main(*files: str) -> int:
   from diffit_jax.parallel import runtime
   from diffit_jax.stop import StopRequest
 
-  with _RUNTIME.joined():
+  with _RUNTIME.distributed():
     with StopRequest(runtime.preemption_notice()) as stop:
       stop.begin(0)
       return _build_reference(stop) if _BUILD.value else _evaluate(stop)
@@ -184,7 +184,7 @@ def _claimed(out: pathlib.Path, is_folder: bool = False):
 
   path = out / ".sweep" if is_folder else out
   path = path.with_name(f"{path.name}.claim")
-  return claim.exclusive(path, "--out", out, runtime.from_first)
+  return claim.exclusive(path, "--out", out, runtime.on_process_0)
 
 
 def _build_reference(stop) -> int:
@@ -260,7 +260,7 @@ def _make_cards(collector, found, name, values, out: pathlib.Path) -> None:
       repeats=_REPEATS.value,
     )
     print(card.lines(cards[value]), flush=True)
-  runtime.from_first(collector.check_claim)
+  runtime.on_process_0(collector.check_claim)
   if name:
     print(f"plot: {sweep.write(name, cards, out)}")
   remove_partial(partial)

@@ -86,7 +86,7 @@ def main() -> int:
       data_dir=_DATA_DIR.value,
     )
   profile_steps = timing.parse_steps(_PROFILE_STEPS.value)
-  with _RUNTIME.joined():
+  with _RUNTIME.distributed():
     runtime.use_compilation_cache(f"{path_of(workdir)}/compilation_cache")
     train(
       config,

@@ -138,7 +138,7 @@ def main(workdir, data_dir, coordinator, num, process, fate="", at="-1"):
   cluster = runtime.detect(coordinator, int(num), int(process), {})
   config = get_config()
   config.watchdog_seconds = 20 if fate == "hang" else 0
-  with runtime.joined(cluster, timeout=120, heartbeat_timeout=5):
+  with runtime.distributed(cluster, timeout=120, heartbeat_timeout=5):
     train(workdir, data_dir, befall if fate else None, config)
   return 0
 

@@ -176,8 +176,8 @@ class Schedule:
     nll = -bound.discretized_log_likelihood(
       x0, difference, log_ratio, _at(std, t, x0)
     )
-    is_first = per_sample(jnp.asarray(t) == 0)
-    vb = _mean_per_sample(jnp.where(is_first, nll, kl)) / math.log(2)
+    is_process_0 = per_sample(jnp.asarray(t) == 0)
+    vb = _mean_per_sample(jnp.where(is_process_0, nll, kl)) / math.log(2)
     return {"mse": mse, "vb": vb, "loss": mse + vb}
 
 

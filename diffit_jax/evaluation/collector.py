@@ -127,7 +127,7 @@ class Collector:
       f"features of {source}",
       "images",
       gathered.num,
-      quiet=not runtime.is_first(),
+      quiet=not runtime.is_process_0(),
     )
     with progress:
       waiting = None  # one batch ahead: the devices work while this adds
@@ -209,7 +209,7 @@ class _PartialFile:
   def save(self, gathered: FeatureStatistics) -> None:
     """Replaces the file: by the whole new one, or not at all."""
     self._saved_at = time.monotonic()
-    if self._path is None or not runtime.is_first():
+    if self._path is None or not runtime.is_process_0():
       return
     self._check_claim()
     try:
@@ -224,7 +224,7 @@ class _PartialFile:
 
 def remove_partial(stem: pathlib.Path) -> None:
   """Deletes the partial files of a stem, when the result is written."""
-  if not runtime.is_first():
+  if not runtime.is_process_0():
     return
   ours = re.compile(rf"{re.escape(stem.name)}\.(reference|samples\d+)\.partial")
   for path in stem.parent.iterdir():

@@ -107,7 +107,7 @@ class RunScorer:
         return found["metrics"]
       return {}
 
-    return runtime.from_first(read)
+    return runtime.on_process_0(read)
 
   def __call__(
     self, step: int, averages: Mapping[str, dict], params: dict

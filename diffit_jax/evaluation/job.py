@@ -197,12 +197,12 @@ def evaluate_to_file(
     card = card_lib.read(path)  # anything else is not written over
     return card if _is_same(card, measure, samples, num, repeats) else None
 
-  card = runtime.from_first(find)
+  card = runtime.on_process_0(find)
   if card is not None:
     logging.info("%s is there already", path)
     return card
   card = evaluate(measure, samples, num=num, repeats=repeats, partial=path)
-  if runtime.is_first():
+  if runtime.is_process_0():
     measure.collector.check_claim()
     card_lib.write(path, card)
   remove_partial(path)

@@ -195,7 +195,7 @@ def build_reference(
   reference_file.require_npz(out)
   subset = reference_file.choose_subset(images.num)
   found = _gather(collector, images, np.arange(0), out).as_reference(None)
-  if runtime.is_first():
+  if runtime.is_process_0():
     collector.check_claim()
     blocks = (
       images.read(subset[i : i + 64]) for i in range(0, len(subset), 64)

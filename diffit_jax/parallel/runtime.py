@@ -1,9 +1,10 @@
 """Many hosts: how the processes of one run find each other, and agree.
 
 Every host runs the same program, and JAX's multi-controller runtime makes one
-machine of them (`cluster` says which they are). All of them must take the same
-branches: what one alone can know, as what a file holds or whether a folder can
-be written, goes through `from_first` or `together`.
+machine of them (`cluster` says which they are). All processes must take the
+same branches. What one process alone can know, such as what a file holds, is
+broadcast by `on_process_0`; what may fail in any of them, such as reading a
+local file, goes through `on_all_processes`.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,13 +34,13 @@ __all__ = [
   "Cluster",
   "check_shared",
   "detect",
-  "from_first",
+  "distributed",
   "has_tpu",
-  "is_first",
-  "joined",
+  "is_process_0",
+  "log_error",
+  "on_all_processes",
+  "on_process_0",
   "preemption_notice",
-  "tell",
-  "together",
   "use_compilation_cache",
 ]
 
@@ -52,7 +53,7 @@ _SHARED_FOLDER_TIMEOUT = 10  # seconds; network folders may lag
 
 
 @contextlib.contextmanager
-def joined(
+def distributed(
   cluster: Cluster,
   timeout: int = START_TIMEOUT,
   heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
@@ -86,7 +87,7 @@ def joined(
     jax.local_device_count(),
     jax.device_count(),
   )
-  if not is_first():
+  if not is_process_0():
     logging.set_verbosity(logging.WARNING)  # process 0 speaks for all
   stopped = None
   try:
@@ -173,13 +174,13 @@ def _first_line(error: Exception) -> str:
   return (str(error).splitlines() or [""])[0][:300]
 
 
-def is_first() -> bool:
-  """Whether this process writes the files that are written once."""
+def is_process_0() -> bool:
+  """Whether this is process 0, which writes the files written once."""
   return jax.process_index() == 0
 
 
-def tell(error: Exception) -> None:
-  """Logs what went wrong in this process, in case that it ends otherwise."""
+def log_error(error: Exception) -> None:
+  """Logs the error with this process's number, if there are several."""
   if jax.process_count() > 1:
     logging.error("process %d: %s", jax.process_index(), error)
 
@@ -195,8 +196,8 @@ def preemption_notice() -> Callable[[int], bool] | None:
   return multihost_utils.reached_preemption_sync_point
 
 
-def together(call: Callable[[], T]) -> T:
-  """`call()` in every process; a UserError in one is raised in all."""
+def on_all_processes(call: Callable[[], T]) -> T:
+  """Calls in every process; a UserError of one is raised in all of them."""
   if jax.process_count() == 1:
     return call()
   result, message = None, ""
@@ -212,12 +213,12 @@ def together(call: Callable[[], T]) -> T:
   return result
 
 
-def from_first(call: Callable[[], T]) -> T:
-  """What `call()` gives in process 0 (as JSON), in all; errors alike."""
+def on_process_0(call: Callable[[], T]) -> T:
+  """Calls in process 0 and broadcasts the result (as JSON) or the UserError."""
   if jax.process_count() == 1:
     return call()
   result, message = None, ""
-  if is_first():
+  if is_process_0():
     try:
       result = call()
     except UserError as error:
@@ -272,7 +273,7 @@ def check_shared(folder: str | os.PathLike) -> None:
   """
   if jax.process_count() == 1:
     return
-  token = from_first(lambda: secrets.token_hex(8))
+  token = on_process_0(lambda: secrets.token_hex(8))
   path = epath.Path(folder) / f".shared_folder_check_{token}"
 
   def write() -> None:
@@ -292,11 +293,11 @@ def check_shared(folder: str | os.PathLike) -> None:
         )
       time.sleep(0.2)
 
-  from_first(write)
+  on_process_0(write)
   try:
-    together(read)
+    on_all_processes(read)
   finally:
-    if is_first():
+    if is_process_0():
       path.unlink(missing_ok=True)
 
 
@@ -307,7 +308,7 @@ def use_compilation_cache(folder: str) -> None:
   damaged entry and compiles again, but never writes it anew.
   """
   if jax.config.jax_compilation_cache_dir is None:
-    if is_first():
+    if is_process_0():
       _drop_torn_entry(folder)
     jax.config.update("jax_compilation_cache_dir", folder)
 

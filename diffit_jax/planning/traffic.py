@@ -149,10 +149,10 @@ def _read(module, fused: hlo.Computation, name: str, whole: int) -> int:
   for user in fused.values():
     if name not in user.operands:
       continue
-    is_first = user.operands[0] == name
-    if user.opcode in _SLICES and is_first:
+    is_process_0 = user.operands[0] == name
+    if user.opcode in _SLICES and is_process_0:
       total += sum(a.num_bytes for a in user.arrays)
-    elif user.opcode == "dynamic-update-slice" and is_first:
+    elif user.opcode == "dynamic-update-slice" and is_process_0:
       pass  # updated in place
     elif user.opcode == "bitcast":
       total += _read(module, fused, user.name, whole)

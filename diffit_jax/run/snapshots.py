@@ -59,7 +59,7 @@ class Snapshots:
       )
     self._run = _fingerprint(config)
     folder = storage.absolute(directory) / _FOLDER
-    runtime.from_first(lambda: self._check_run(folder))
+    runtime.on_process_0(lambda: self._check_run(folder))
     self._folder = storage.StepFolder(
       folder, orbax_policies.LatestN(None), "snapshot"
     )
@@ -159,7 +159,7 @@ def reconstruct(
   """
   ema.gamma_of(sigma_rel)  # refuses what is no width
   folder = storage.absolute(directory) / _FOLDER
-  stored = runtime.from_first(lambda: _stored(folder, step))
+  stored = runtime.on_process_0(lambda: _stored(folder, step))
   if not stored:
     raise UserError(
       f"{directory} has no snapshots, from which a width such as"

@@ -92,7 +92,7 @@ class StepFolder:
     """
     self.check()
     # Process 0's view, since listings of network folders may lag.
-    if runtime.from_first(lambda: step in self._manager.all_steps()):
+    if runtime.on_process_0(lambda: step in self._manager.all_steps()):
       return
     sums = integrity.checksums(dict(trees), unit)
     sums |= {name: _digest(note) for name, note in notes.items()}
@@ -130,7 +130,7 @@ class StepFolder:
 
   def steps(self) -> list[int]:
     """All complete steps, oldest first; all processes call it together."""
-    return runtime.from_first(lambda: sorted(self._manager.all_steps()))
+    return runtime.on_process_0(lambda: sorted(self._manager.all_steps()))
 
   def set_aside(self, steps: list[int], folder: epath.Path) -> None:
     """Moves damaged steps into `folder`; all processes call it together."""
@@ -162,8 +162,8 @@ class StepFolder:
       self._manager.reload()
 
     # No process looks at the folder while another one changes it.
-    runtime.from_first(move)
-    runtime.together(reload)
+    runtime.on_process_0(move)
+    runtime.on_all_processes(reload)
 
   @contextlib.contextmanager
   def _saving(self, step: int | None) -> Iterator[None]:
@@ -274,7 +274,7 @@ def read(
 
   # No process may be left waiting for another one that failed to read, so
   # nothing in `load` communicates, and all processes come to the checksums.
-  sums, found = runtime.together(load)
+  sums, found = runtime.on_all_processes(load)
   read_sums = integrity.checksums({name: found[name] for name in trees}, unit)
   try:
     integrity.compare(sums, read_sums)

@@ -135,7 +135,7 @@ class Actions:
       scalars[f"ema_decay/{name}"] = ema.decay(rule, last, config.batch_size)
     self._last_log = {name: float(value) for name, value in scalars.items()}
     self._writer.scalars(step, self._last_log)
-    if runtime.is_first():
+    if runtime.is_process_0():
       line = metrics.console_line(step, config.total_steps, self._last_log)
       logging.info("%s", line)
     now.monitor = state.new_monitor(self._run.program.mesh)
@@ -170,7 +170,7 @@ class Actions:
   def _has_grids(self, step: int) -> bool:
     names = map(_grid_name, self._run.config.ema)
     has_all = lambda: all(self._writer.has_images(step, n) for n in names)
-    return runtime.from_first(has_all)
+    return runtime.on_process_0(has_all)
 
   def evaluate(self, now: Now) -> None:
     """Scores the weights, unless a request to stop comes first."""
@@ -180,14 +180,14 @@ class Actions:
       self._run.checkpoints.note(now.step, found)
       scalars = {f"evaluation/{name}": value for name, value in found.items()}
       self._writer.scalars(now.step, scalars)
-      if runtime.is_first():
+      if runtime.is_process_0():
         scores = ", ".join(f"{name} {x:.6g}" for name, x in found.items())
         logging.info("step %d scored: %s", now.step, scores)
     self._clock.restart(now.step)
 
   def _check(self, now: Now) -> None:
     """Raises where nothing may be written; all processes call it together."""
-    runtime.from_first(self._run.check_claim)
+    runtime.on_process_0(self._run.check_claim)
     bad_step = int(now.monitor.bad_step)
     if bad_step >= 0:
       self._fail("the loss was not finite in", bad_step + 1)

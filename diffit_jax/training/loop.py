@@ -85,7 +85,7 @@ def train(
       trace = timing.Profile(profile_steps, run.directory, run.watchdog.patient)
       _train(run, actions, writer, clock, trace, make_batches, stop)
     except UserError as error:
-      runtime.tell(error)  # closing waits for the other processes
+      runtime.log_error(error)  # closing waits for the other processes
       raise
 
 
@@ -105,7 +105,7 @@ def _train(run, actions, writer, clock, trace, make_batches, stop) -> None:
   with contextlib.ExitStack() as stack:
     for resource in (writer, batches, trace):
       stack.callback(resource.close)
-    quiet = not runtime.is_first()
+    quiet = not runtime.is_process_0()
     progress = stack.enter_context(
       Progress(total, "training", "steps", now.step, quiet=quiet)
     )

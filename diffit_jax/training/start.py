@@ -75,26 +75,28 @@ def open_run(
     vae: diffusers folder of the VAE; None for none.
     stack: closes the folders and frees the workdir at the end of the run.
   """
-  runtime.together(lambda: storage.check_name(directory))
+  runtime.on_all_processes(lambda: storage.check_name(directory))
   runtime.check_same("config", config.to_json_best_effort())
   built = program.build(config, devices)
-  runtime.together(lambda: attention_probe.probe_config(config))
+  runtime.on_all_processes(lambda: attention_probe.probe_config(config))
   directory = workdir.path_of(directory)
-  codec, dataset = runtime.together(lambda: open_data(config, data_dir, vae))
+  codec, dataset = runtime.on_all_processes(
+    lambda: open_data(config, data_dir, vae)
+  )
   identity = source.identity(dataset)
   runtime.check_same("data set", json.dumps(identity, sort_keys=True))
   runtime.check_shared(directory)
-  runtime.from_first(lambda: workdir.check(directory, config, identity))
+  runtime.on_process_0(lambda: workdir.check(directory, config, identity))
   initial = None
-  is_new = runtime.from_first(lambda: not list_steps(directory))
+  is_new = runtime.on_process_0(lambda: not list_steps(directory))
   if config.get("init_from") and is_new:
     read = lambda: files.read_initial(config.init_from, config)
-    initial = runtime.together(read)
+    initial = runtime.on_all_processes(read)
   held = claim.exclusive(
-    directory / ".training.claim", "--workdir", directory, runtime.from_first
+    directory / ".training.claim", "--workdir", directory, runtime.on_process_0
   )
   check_claim = stack.enter_context(held).check
-  runtime.from_first(lambda: workdir.enter(directory, config, identity))
+  runtime.on_process_0(lambda: workdir.enter(directory, config, identity))
   checkpoints = Checkpoints(
     directory,
     max_to_keep=config.keep_checkpoints,

@@ -111,7 +111,7 @@ class Profile:
       UserError: there are steps to trace, and this process cannot.
     """
     now = time.strftime("%Y_%m_%d_%H_%M_%S")
-    self._time = runtime.from_first(lambda: now)
+    self._time = runtime.on_process_0(lambda: now)
     if steps:
       _check_profiler()
     self._steps, self._patient = steps, patient

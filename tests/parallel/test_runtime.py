@@ -95,13 +95,14 @@ def test_a_loopback_coordinator_is_warned_about(host, caplog):
 
 
 def test_alone_nothing_is_asked_of_others(tmp_path):
-  with runtime.joined(Cluster()):
-    assert runtime.together(lambda: 3) == runtime.from_first(lambda: 3) == 3
+  with runtime.distributed(Cluster()):
+    for call in (runtime.on_all_processes, runtime.on_process_0):
+      assert call(lambda: 3) == 3
     runtime.check_shared(tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
     assert runtime.preemption_notice() is None
   with pytest.raises(UserError, match="^no$"):
-    runtime.together(fail_with("no"))
+    runtime.on_all_processes(fail_with("no"))
 
 
 def fail_with(text):
@@ -119,7 +120,7 @@ def test_the_others_do_not_come():
     "from diffit_jax.parallel import runtime\n"
     f"cluster = runtime.Cluster('manual', {coordinator!r}, 2, 0)\n"
     "def main():\n"
-    "  with runtime.joined(cluster, timeout=1):\n"
+    "  with runtime.distributed(cluster, timeout=1):\n"
     "    pass\n"
     "cli.run(main)\n"
   )
@@ -158,15 +159,15 @@ def main():
       return str(error)
 
   cluster = runtime.Cluster("manual", coordinator, 2, int(process))
-  with runtime.joined(cluster, timeout=120):
+  with runtime.distributed(cluster, timeout=120):
     split = mesh.batch_sharding(mesh.make_mesh())
     runtime.check_shared(shared)
     print(json.dumps([
-      runtime.together(lambda: process),
-      runtime.from_first(lambda: {"from": process}),
-      refusal(lambda: runtime.together(lambda: fail([1], "no disk"))),
-      refusal(lambda: runtime.together(lambda: fail([0, 1], "both"))),
-      refusal(lambda: runtime.from_first(lambda: fail([0], "first"))),
+      runtime.on_all_processes(lambda: process),
+      runtime.on_process_0(lambda: {"from": process}),
+      refusal(lambda: runtime.on_all_processes(lambda: fail([1], "no disk"))),
+      refusal(lambda: runtime.on_all_processes(lambda: fail([0, 1], "both"))),
+      refusal(lambda: runtime.on_process_0(lambda: fail([0], "first"))),
       float(jax.jit(jnp.sum)(mesh.place(np.arange(8.0), split))),
     ]))
     runtime._SHARED_FOLDER_TIMEOUT = 0.5

@@ -35,18 +35,18 @@ def main(workdir: str, port: str, process_id: str) -> None:
     checkpoints.save(step, on_mesh(step, mesh), 16)
   checkpoints.close()
 
-  if runtime.is_first():
+  if runtime.is_process_0():
     flip(largest_file(pathlib.Path(workdir) / "checkpoints/3/params"), 0.5)
   load = storage._load_tree
 
   def refuse_two(path, *args):
-    if "/2/" in str(path) and not runtime.is_first():
+    if "/2/" in str(path) and not runtime.is_process_0():
       raise OSError("the network folder is away")
     return load(path, *args)
 
   storage._load_tree = refuse_two
   storage._RETRIES = (0.1,)  # seconds
-  runtime.from_first(lambda: None)  # the damage is done
+  runtime.on_process_0(lambda: None)  # the damage is done
   checkpoints = checkpoint.Checkpoints(workdir, max_to_keep=3)
   found = checkpoints.restore(abstract_on(mesh))
   steps = checkpoints.steps()

@@ -97,7 +97,7 @@ def test_traces_of_all_processes_make_one_run_of_the_profile_page(
     profiler, "start_trace", lambda folder, **_: folders.append(folder)
   )
   monkeypatch.setattr(timing.jax, "process_count", lambda: 2)
-  monkeypatch.setattr(timing.runtime, "from_first", lambda call: "10_20")
+  monkeypatch.setattr(timing.runtime, "on_process_0", lambda call: "10_20")
   for index in range(2):
     monkeypatch.setattr(timing.jax, "process_index", lambda i=index: i)
     monkeypatch.setattr(profiler, "stop_trace", lambda i=index: write(f"{i}"))

@@ -79,12 +79,12 @@ class PlainBlock(nn.Module):
   Attributes:
     block: fields of the DiffiTBlock, whose time enters nowhere.
     features: its width.
-    is_first: whether a stage begins.
+    is_process_0: whether a stage begins.
   """
 
   block: dict
   features: int
-  is_first: bool
+  is_process_0: bool
 
   @nn.compact
   def __call__(self, x, time, sample_index=None):
@@ -94,7 +94,7 @@ class PlainBlock(nn.Module):
       x = nn.Dense(
         self.features, dtype=dtype, kernel_init=XAVIER, name="width"
       )(x)
-    if self.is_first:
+    if self.is_process_0:
       x = TimeAdded(dtype, name="time")(x, time)
     block = DiffiTBlock(**self.block, time_in="none", name="block")
     return block(x, time, sample_index)
@@ -135,7 +135,7 @@ class LadderRung(ImageDiffiT):
       return super()._block(width, name)
     is_vit = path == "vit"
     place = int(name.rpartition("_")[2])
-    is_first = place % (self.vit_depth // 4) == 0 if is_vit else place == 0
+    is_process_0 = place % (self.vit_depth // 4) == 0 if is_vit else place == 0
     fields = dict(
       num_heads=self.vit_heads if is_vit else width // self.head_dim,
       window_size=None if is_vit else self.window_size,
@@ -145,7 +145,7 @@ class LadderRung(ImageDiffiT):
       compute=self.compute,
     )
     block = self.compute.transform(PlainBlock)
-    return block(fields, width, is_first, name=name)
+    return block(fields, width, is_process_0, name=name)
 
   def _encode(self, h, widths, depths, run_block):
     if RUNGS[self.rung].encoder != "vit":
