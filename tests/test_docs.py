@@ -23,7 +23,7 @@ def test_links_lead_somewhere_and_names_are_defined_there():
       assert file.exists(), f"{path.name}: {target}"
       name = re.fullmatch(r"`(\w+)`", text)
       if name and file.suffix == ".py":
-        definition = rf"^\s*(class|def) {name[1]}\b"
+        definition = rf"^(\s*(class|def) )?{name[1]}\b"
         assert re.search(definition, file.read_text(), re.M), (text, target)
 
 
@@ -93,6 +93,8 @@ def test_other_counts():
 
 def test_configs_and_their_variants_exist():
   for path in DOCS:
+    if path.name == "extending.md":  # see test_extending.py
+      continue
     named = re.findall(r"configs/(\w+)\.py(?::([\w=,.-]+))?", path.read_text())
     for file, arg in named:
       if file != "X":
