@@ -1,6 +1,7 @@
 """Imports point one way, and heavy packages are imported only where used."""
 
 import ast
+import functools
 import pathlib
 import subprocess
 import sys
@@ -196,3 +197,44 @@ def test_training_sampling_and_export_never_import_tensorflow(tmp_path):
     " diffit_jax.evaluation.measure, diffit_jax.evaluation.sets.samples"
   )
   assert "tensorflow" not in loaded(code)
+
+
+def test_the_house_stays_flat():
+  """The longest chain of modules that import one another, inside functions too.
+
+  Prints both figures; raise a bound only with a reason.
+  """
+  files = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(
+      ".__init__"
+    ): ast.parse(path.read_text())
+    for path in PACKAGE.rglob("*.py")
+  }
+
+  def imported(module: str) -> set[str]:
+    found = set()
+    for node in ast.walk(files[module]):
+      if isinstance(node, ast.Import):
+        found |= {alias.name for alias in node.names}
+      elif isinstance(node, ast.ImportFrom):
+        names = {f"{node.module}.{alias.name}" for alias in node.names}
+        found |= names & set(files) or {node.module}
+    return found & set(files) - {module}
+
+  @functools.cache
+  def chain(module: str) -> tuple[str, ...]:
+    rest = max(map(chain, imported(module)), key=len, default=())
+    return (module, *rest)
+
+  longest = max(map(chain, files), key=len)
+  inside = sum(
+    isinstance(node, (ast.Import, ast.ImportFrom))
+    for tree in files.values()
+    for function in ast.walk(tree)
+    if isinstance(function, ast.FunctionDef)
+    for node in ast.walk(function)
+  )
+  print(f"depth {len(longest) - 1}: {' > '.join(longest)}")
+  print(f"{inside} imports inside functions")
+  assert len(longest) - 1 <= 10
+  assert inside <= 110

@@ -9,7 +9,7 @@ import types
 import pytest
 
 from configs import common, digits
-from diffit_jax import cli, ranges
+from diffit_jax import cli, models, ranges
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import sweep
 from diffit_jax.generation.options import SamplerOptions
@@ -46,7 +46,7 @@ def test_every_number_of_every_config_has_one_range(name):
 
 
 def test_every_number_of_every_network_has_one_range():
-  for network in (NETWORKS["edm"] | NETWORKS["adm"]).values():
+  for network in map(models.network_class, NETWORKS["edm"] | NETWORKS["adm"]):
     for field in network.__dataclass_fields__.values():
       if is_number(field.default):
         assert len(ranges.rows(f"model.{field.name}")) == 1, field.name

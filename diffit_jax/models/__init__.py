@@ -1,32 +1,42 @@
 """The networks as linen modules, functions of arrays alone."""
 
 from collections.abc import Mapping
+import importlib
 import inspect
 
 from flax import linen as nn
 import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.baselines.dit import DiT
-from diffit_jax.models.baselines.ladder import LadderRung
-from diffit_jax.models.baselines.song_unet import SongUNet
-from diffit_jax.models.image import ImageDiffiT
 from diffit_jax.models.kernels import PLAIN, serves
-from diffit_jax.models.latent import LatentDiffiT
 
 __all__ = ["NETWORKS", "ImageDiffiT", "LatentDiffiT", "make_model"]
 
 _DTYPES = ("float32", "bfloat16")
-# What stands in config.model.name, by diffusion.kind.
+# What stands in config.model.name, by diffusion.kind: "file.class" here. A
+# network's file is imported when it is used.
 NETWORKS = {
   "edm": {
-    "image_diffit": ImageDiffiT,
-    "ladder": LadderRung,
-    "song_unet": SongUNet,
+    "image_diffit": "image.ImageDiffiT",
+    "ladder": "baselines.ladder.LadderRung",
+    "song_unet": "baselines.song_unet.SongUNet",
   },
-  "adm": {"latent_diffit": LatentDiffiT, "dit": DiT},
+  "adm": {"latent_diffit": "latent.LatentDiffiT", "dit": "baselines.dit.DiT"},
 }
-_MODELS = NETWORKS["edm"] | NETWORKS["adm"]
+_FILES = NETWORKS["edm"] | NETWORKS["adm"]
+_PUBLIC = {"ImageDiffiT": "image_diffit", "LatentDiffiT": "latent_diffit"}
+
+
+def network_class(name: str) -> type[nn.Module]:
+  """The module class of a `config.model.name`."""
+  file, _, attribute = _FILES[name].rpartition(".")
+  return getattr(importlib.import_module(f"{__name__}.{file}"), attribute)
+
+
+def __getattr__(name: str):
+  if name not in _PUBLIC:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  return network_class(_PUBLIC[name])
 
 
 def make_model(config: Mapping) -> nn.Module:
@@ -41,21 +51,21 @@ def make_model(config: Mapping) -> nn.Module:
   """
   fields = dict(config)
   name = fields.pop("name", None)
-  if name not in _MODELS:
-    raise UserError(f"model.name={name!r}: use one of {sorted(_MODELS)}")
-  model = _MODELS[name]
+  if name not in _FILES:
+    raise UserError(f"model.name={name!r}: use one of {sorted(_FILES)}")
+  model = network_class(name)
   known = _fields(model)
   for field in fields:
     if field not in known:
-      having = [n for n, other in _MODELS.items() if field in _fields(other)]
+      having = [n for n in _FILES if field in _fields(network_class(n))]
       which = f"only {_listed(having)}" if having else f"it has {known}"
       raise UserError(f"{name} has no field model.{field}: {which}")
   kernel = fields.get("attention", PLAIN)
   # By what a model is by default: of its options, it tells when it runs.
-  having = [
-    n for n, m in _MODELS.items() if serves(kernel, m().attention_shapes(64))
-  ]
-  if having and name not in having:
+  is_served = lambda model: serves(kernel, model().attention_shapes(64))
+  if not is_served(model) and (
+    having := [n for n in _FILES if is_served(network_class(n))]
+  ):
     raise UserError(
       f"{name} has no model.attention={kernel!r}: only {_listed(having)}; use"
       f" model.attention={PLAIN}"

@@ -1,8 +1,4 @@
-"""How a network computes, apart from what it computes.
-
-`Network` declares these options once, for the user of every network; its
-modules hand them on as one `Compute`.
-"""
+"""How a network computes, apart from what it computes."""
 
 from collections.abc import Callable
 import dataclasses
@@ -12,9 +8,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffit_jax.errors import UserError
-from diffit_jax.models import kernels
-
+PLAIN = "xla"  # the kernel that serves everything; see `kernels`
 # Says where an activation [b, ...] lies on the devices, or returns it as it is.
 Constrain = Callable[[jax.Array], jax.Array]
 # Parameters of one block as they are stored -> as the block computes with them.
@@ -50,7 +44,7 @@ class Compute:
   """
 
   dtype: jnp.dtype = jnp.float32
-  attention: str = kernels.PLAIN
+  attention: str = PLAIN
   remat: str = "none"
   constrain: Constrain = unconstrained
   map_params: MapParams | None = None
@@ -73,37 +67,3 @@ class Compute:
     if policy is None:
       return block
     return nn.remat(block, policy=policy, prevent_cse=prevent_cse)
-
-
-class Network(nn.Module, kw_only=True):
-  """What all networks have in common; attributes as of `Compute`.
-
-  A network tells its attention by `attention_shapes(side) -> [AttentionShape]`,
-  side being that of the images or latents.
-  """
-
-  dtype: jnp.dtype = jnp.float32
-  remat: str = "none"
-  attention: str = kernels.PLAIN
-  constrain: Constrain = unconstrained
-  map_params: MapParams | None = None
-
-  @property
-  def compute(self) -> Compute:
-    """The options as one value, for the modules inside."""
-    names = [field.name for field in dataclasses.fields(Compute)]
-    return Compute(**{name: getattr(self, name) for name in names})
-
-  def _check_compute(self, side: int, bias_option: str) -> None:
-    """Refuses options that are unknown or do not go with the network.
-
-    Args:
-      side: of the images or latents.
-      bias_option: what decides over the attention's bias.
-    """
-    if self.remat not in REMAT_POLICIES:
-      raise UserError(
-        f"model.remat={self.remat!r}: use one of {tuple(REMAT_POLICIES)}"
-      )
-    shapes = self.attention_shapes(side)
-    kernels.check_shapes(self.attention, shapes, bias_option)

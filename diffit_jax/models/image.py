@@ -22,9 +22,9 @@ import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
 from diffit_jax.models.blocks import NEAR_ZERO, ResBlock, conv, group_norm
-from diffit_jax.models.compute import Network
 from diffit_jax.models.embeddings import EMBEDDINGS, NoiseEmbedding
 from diffit_jax.models.kernels import AttentionShape
+from diffit_jax.models.network import Network
 from diffit_jax.models.time_in import TIME_IN
 
 OPTIONS = {

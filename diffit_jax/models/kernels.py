@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
-
-PLAIN = "xla"
+from diffit_jax.models.compute import PLAIN
 
 
 class AttentionShape(NamedTuple):

@@ -30,7 +30,6 @@ import numpy as np
 
 from diffit_jax.errors import UserError
 from diffit_jax.models.blocks import DiffiTBlock
-from diffit_jax.models.compute import Network
 from diffit_jax.models.embeddings import (
   LabelEmbedding,
   TimestepEmbedding,
@@ -39,6 +38,7 @@ from diffit_jax.models.embeddings import (
 from diffit_jax.models.kernels import AttentionShape
 from diffit_jax.models.layer_norm import layer_norm
 from diffit_jax.models.linear import linear
+from diffit_jax.models.network import Network
 
 STACKED = "blocks"
 BIAS_TABLE = "relative_position_bias_table"

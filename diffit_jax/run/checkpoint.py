@@ -28,9 +28,6 @@ from diffit_jax.run.state import TrainState
 T = TypeVar("T")
 _TREES = ("params", "opt_state", "ema")
 
-# Metrics of the last logging point that a checkpoint can be the best by.
-BEST_BY = ("loss", "grad_norm")
-
 
 class Checkpoints:
   """The checkpoints of one workdir.
@@ -53,7 +50,7 @@ class Checkpoints:
       workdir: of the run.
       max_to_keep: newest checkpoints that stay.
       keep_period: a step divisible by it stays for ever; None or 0 for no such.
-      best_by: name in BEST_BY, or of a distance that `note` will tell; the
+      best_by: name of a metric that `save` or `note` will tell; the
         checkpoint with the least of it stays until one with less is saved. ""
         for no such.
     """

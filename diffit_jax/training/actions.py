@@ -16,7 +16,6 @@ from diffit_jax.run import ema, state
 from diffit_jax.run.state import Monitor, TrainState
 from diffit_jax.stop import Stopped
 from diffit_jax.training import metrics, optimizer, timing
-from diffit_jax.training.start import Run
 
 # EMA parameters -> uint8 [n, h, w, c] images of a sample grid.
 Sampler = Callable[[dict], np.ndarray]
@@ -80,13 +79,21 @@ class Actions:
 
   def __init__(
     self,
-    run: Run,
+    run,
     writer: metrics.Writer,
     clock: timing.StepClock,
     sampler: Sampler | None,
     evaluator: Evaluator | None,
   ):
-    """`sampler` None draws no grids, `evaluator` None scores nothing."""
+    """Makes the table; does nothing yet.
+
+    Args:
+      run: `start.Run`.
+      writer: writer of the metrics.
+      clock: counts what steps wait for.
+      sampler: draws the grids; None for no grids.
+      evaluator: scores the weights; None for no scores.
+    """
     self._run, self._writer, self._clock = run, writer, clock
     self._sampler, self._evaluator = sampler, evaluator
     self._last_log: dict[str, float] = {}

@@ -7,7 +7,9 @@ from diffit_jax.diffusion import kinds
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.metrics import table
 from diffit_jax.run import ema
-from diffit_jax.run.checkpoint import BEST_BY
+
+# Metrics of a logging point that a checkpoint can be the best by.
+BEST_BY = ("loss", "grad_norm")
 
 
 def check_consistent(config: config_dict.ConfigDict) -> None:

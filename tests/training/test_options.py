@@ -22,7 +22,8 @@ CONFIGS = {
 
 
 def fields_of(name):
-  return set(inspect.signature(NETWORKS[name]).parameters) - {"parent"}
+  fields = inspect.signature(models.network_class(name)).parameters
+  return set(fields) - {"parent"}
 
 
 EVERY_FIELD = sorted(set().union(*map(fields_of, NETWORKS)) - {"name"})
@@ -38,7 +39,7 @@ def test_every_field_is_the_models_or_is_refused_by_name(name):
       continue
     having = [n for n in NETWORKS if field in fields_of(n)]
     changed = config.copy_and_resolve_references().unlock()
-    changed.model[field] = getattr(NETWORKS[having[0]], field)
+    changed.model[field] = getattr(models.network_class(having[0]), field)
     message = f"^{name} has no field model.{field}: only .*{having[-1]} ha"
     with pytest.raises(UserError, match=message):
       checks.check_consistent(changed)

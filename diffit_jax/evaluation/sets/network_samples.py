@@ -14,7 +14,6 @@ from diffit_jax.evaluation.sets.class_matching import Classes
 from diffit_jax.evaluation.sets.guard import Guard
 from diffit_jax.generation import description, generator
 from diffit_jax.generation.labels import choose_labels
-from diffit_jax.generation.weights import Weights
 
 
 class NetworkSamples:
@@ -24,7 +23,7 @@ class NetworkSamples:
 
   def __init__(
     self,
-    weights: Weights,
+    weights,
     model: nn.Module,
     generate: Callable[..., np.ndarray],
     *,
@@ -36,7 +35,8 @@ class NetworkSamples:
     """Compiles nothing yet.
 
     Args:
-      weights: parameters, with the config that says how to sample.
+      weights: `generation.weights.Weights`, with the config that says how to
+        sample.
       model: the network.
       generate: made by `generator.make_generator` of these and the codec; one
         that serves several weights is compiled once.

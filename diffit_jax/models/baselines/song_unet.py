@@ -31,10 +31,11 @@ import numpy as np
 from diffit_jax.errors import UserError
 from diffit_jax.models.attention import TMSA, Attention
 from diffit_jax.models.blocks import NEAR_ZERO, conv, drop_out, group_norm
-from diffit_jax.models.compute import Compute, Network
+from diffit_jax.models.compute import Compute
 from diffit_jax.models.embeddings import NoiseEmbedding
 from diffit_jax.models.kernels import AttentionShape
 from diffit_jax.models.linear import XAVIER, linear
+from diffit_jax.models.network import Network
 
 _SKIP_SCALE = 0.5**0.5
 _QKV_INIT = nn.initializers.variance_scaling(0.2, "fan_avg", "uniform")
