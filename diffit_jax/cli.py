@@ -293,6 +293,44 @@ def define_runtime_flags() -> RuntimeFlags:
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class WeightsFlags:
+  """The flags that say which network a command takes: a run's or a file's."""
+
+  workdir: flags.FlagHolder
+  checkpoint: flags.FlagHolder
+  config: flags.FlagHolder
+
+  @property
+  def sources(self) -> dict[str, str | None]:
+    """The flags of which one must be given; see `require_one_of`."""
+    return {"workdir": self.workdir.value, "checkpoint": self.checkpoint.value}
+
+  def load(self, mesh, ema: str | None):
+    """The weights, on all devices of the mesh; see `generation.weights`."""
+    from diffit_jax.generation import weights
+
+    config = self.config.value and config_files.required(self.config)
+    if not self.workdir.value:
+      return weights.from_file(self.checkpoint.value, mesh, ema, config)
+    if config is not None:
+      raise UserError("--config goes with --checkpoint: a workdir has its own")
+    return weights.from_workdir(self.workdir.value, mesh, ema)
+
+
+def define_weights_flags() -> WeightsFlags:
+  """Defines the flags of `WeightsFlags`, once per program."""
+  return WeightsFlags(
+    workdir=define_path("workdir", "Folder of a training run."),
+    checkpoint=define_path(
+      "checkpoint", "A .safetensors file: an exported one, or released weights."
+    ),
+    config=config_files.define_flag(
+      "Config of a --checkpoint that has none of its own, as released weights."
+    ),
+  )
+
+
 # Flags that replace the config's sampler fields of the same name.
 _SAMPLER_FIELDS = (
   "solver",
@@ -316,6 +354,17 @@ class SamplingFlags:
   num: flags.FlagHolder
   ema: flags.FlagHolder
   vae: flags.FlagHolder
+
+  def open(self, source: WeightsFlags, mesh):
+    """(weights, with these flags in their config; the autoencoder or None)."""
+    from diffit_jax.autoencoder.codec import make_codec
+    from diffit_jax.generation import weights
+
+    loaded = source.load(mesh, self.ema.value)
+    self.apply(loaded.config.sampler)
+    codec = make_codec(loaded.config, self.vae.value)
+    weights.warn_of_another_vae(loaded.config, codec)
+    return loaded, codec
 
   def apply(self, sampler) -> None:
     """Writes the flags that were given over the config's sampler section."""

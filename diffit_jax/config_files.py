@@ -60,11 +60,6 @@ def required(holder: flags.FlagHolder) -> config_dict.ConfigDict:
   return config
 
 
-def optional(holder: flags.FlagHolder) -> config_dict.ConfigDict | None:
-  """The config of the flag as `required` gives it; None without the flag."""
-  return None if holder.value is None else required(holder)
-
-
 def ours(name: str) -> types.ModuleType:
   """A config that came with diffit_jax, such as "digits", as a module."""
   _use([OURS])

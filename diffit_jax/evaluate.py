@@ -28,7 +28,7 @@ import pathlib
 
 from absl import flags
 
-from diffit_jax import cli, config_files, paths
+from diffit_jax import cli, paths
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import features
 from diffit_jax.evaluation.metrics import table
@@ -36,15 +36,7 @@ from diffit_jax.evaluation.metrics import table
 _SAMPLES = cli.define_path(
   "samples", "Images to score: .npz, folder, zip, or name of a data set."
 )
-_WORKDIR = cli.define_path(
-  "workdir", "Folder of a training run that makes the samples."
-)
-_CHECKPOINT = cli.define_path(
-  "checkpoint", "A .safetensors file that makes the samples."
-)
-_CONFIG = config_files.define_flag(
-  "Config of the --checkpoint, where it has none of its own."
-)
+_WEIGHTS = cli.define_weights_flags()
 _REFERENCE = cli.define_path(
   "reference",
   "What samples are compared with: statistics (.npz), or images.",
@@ -130,12 +122,10 @@ def main(*files: str) -> int:
 
 
 def _check_flags() -> None:
-  cli.require_one_of(
-    samples=_SAMPLES.value, workdir=_WORKDIR.value, checkpoint=_CHECKPOINT.value
-  )
+  cli.require_one_of(samples=_SAMPLES.value, **_WEIGHTS.sources)
   cli.require_one_of(reference=_REFERENCE.value)
   if _SAMPLES.value:
-    for flag in (_SWEEP, _KEEP, _CONFIG):
+    for flag in (_SWEEP, _KEEP, _WEIGHTS.config):
       if flag.value is not None:
         raise UserError(
           f"--{flag.name} is for samples that are made: it goes with --workdir"
@@ -286,23 +276,13 @@ def _images():
 def _network(mesh, field: str | None):
   """The function from a value of the swept field to a network's samples."""
   from diffit_jax import models
-  from diffit_jax.autoencoder.codec import make_codec
   from diffit_jax.evaluation.sets import opening, sampled
   from diffit_jax.evaluation.sets.network_samples import NetworkSamples
   from diffit_jax.evaluation.sets.samples import ImageSamples
-  from diffit_jax.generation import job, weights
+  from diffit_jax.generation import job
   from diffit_jax.generation.generator import make_generator
 
-  loaded = weights.load(
-    mesh,
-    workdir=_WORKDIR.value,
-    checkpoint=_CHECKPOINT.value,
-    config=config_files.optional(_CONFIG),
-    ema=_SAMPLING.ema.value,
-  )
-  _SAMPLING.apply(loaded.config.sampler)
-  codec = make_codec(loaded.config, _SAMPLING.vae.value)
-  weights.warn_of_another_vae(loaded.config, codec)
+  loaded, codec = _SAMPLING.open(_WEIGHTS, mesh)
   seed, labels = _SAMPLING.seed.value, _SAMPLING.labels.value
   class_names = None
   if _PER_CLASS.value:

@@ -13,15 +13,9 @@ run's snapshots, at the newest of them (Karras et al. 2024).
 
 from absl import flags
 
-from diffit_jax import cli, config_files
+from diffit_jax import cli
 
-_WORKDIR = cli.define_path("workdir", "Folder of a training run.")
-_CHECKPOINT = cli.define_path(
-  "checkpoint", "A .safetensors file of either layout, to convert."
-)
-_CONFIG = config_files.define_flag(
-  "Config of a --checkpoint in the official layout."
-)
+_WEIGHTS = cli.define_weights_flags()
 _LAYOUT = flags.DEFINE_enum(
   "layout", "native", ["native", "official"], "Layout of the file to write."
 )
@@ -34,23 +28,16 @@ _EMA = flags.DEFINE_string(
 )
 
 
-def main() -> int:
-  cli.require_one_of(workdir=_WORKDIR.value, checkpoint=_CHECKPOINT.value)
+def main() -> None:
+  cli.require_one_of(**_WEIGHTS.sources)
   cli.require_one_of(out=_OUT.value)
   cli.require_local(_OUT.value)
   cli.require_one_process()
-  from diffit_jax.generation import weights
   from diffit_jax.interop import files
   from diffit_jax.parallel.mesh import make_mesh
 
   mesh = make_mesh()
-  loaded = weights.load(
-    mesh,
-    workdir=_WORKDIR.value,
-    checkpoint=_CHECKPOINT.value,
-    config=config_files.optional(_CONFIG),
-    ema=_EMA.value,
-  )
+  loaded = _WEIGHTS.load(mesh, _EMA.value)
   files.write_weights(
     _OUT.value,
     loaded.params,
@@ -63,7 +50,6 @@ def main() -> int:
   print(f"{_OUT.value}: step {loaded.step}, ema {loaded.ema}")
   if loaded.about:
     print(loaded.about)
-  return 0
 
 
 if __name__ == "__main__":

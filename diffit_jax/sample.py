@@ -13,16 +13,9 @@ stopped; another setting in the same folder is refused.
 
 from absl import flags
 
-from diffit_jax import cli, config_files
+from diffit_jax import cli
 
-_WORKDIR = cli.define_path("workdir", "Folder of a training run.")
-_CHECKPOINT = cli.define_path(
-  "checkpoint",
-  "A .safetensors file that diffit_jax.export wrote, or released weights.",
-)
-_CONFIG = config_files.define_flag(
-  "Config of the --checkpoint; files that export wrote carry their own.",
-)
+_WEIGHTS = cli.define_weights_flags()
 _OUT = cli.define_path("out", "Folder for the images.")
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 64, "Images per call of the network, over all devices.", 1
@@ -30,26 +23,16 @@ _BATCH_SIZE = flags.DEFINE_integer(
 _SAMPLING = cli.define_sampling_flags()
 
 
-def main() -> int:
-  cli.require_one_of(workdir=_WORKDIR.value, checkpoint=_CHECKPOINT.value)
+def main() -> None:
+  cli.require_one_of(**_WEIGHTS.sources)
   cli.require_one_of(out=_OUT.value)
   cli.require_local(_OUT.value)
   cli.require_one_process()
-  from diffit_jax.autoencoder.codec import make_codec
-  from diffit_jax.generation import job, weights
+  from diffit_jax.generation import job
   from diffit_jax.parallel.mesh import make_mesh
 
   mesh = make_mesh()
-  loaded = weights.load(
-    mesh,
-    workdir=_WORKDIR.value,
-    checkpoint=_CHECKPOINT.value,
-    config=config_files.optional(_CONFIG),
-    ema=_SAMPLING.ema.value,
-  )
-  _SAMPLING.apply(loaded.config.sampler)
-  codec = make_codec(loaded.config, _SAMPLING.vae.value)
-  weights.warn_of_another_vae(loaded.config, codec)
+  loaded, codec = _SAMPLING.open(_WEIGHTS, mesh)
   result = job.sample_to_folder(
     loaded,
     mesh,
@@ -65,7 +48,6 @@ def main() -> int:
     print(f"images: {result.npz}")
   else:
     print(f"latents, since --vae was not given: {result.npz}")
-  return 0
 
 
 if __name__ == "__main__":

@@ -136,13 +136,13 @@ def open_dataset(
   """
   directory = find_directory(name, data_dir)
   data_dir = data_dir or default_data_dir()
-  command = command or prepare_command(name, data_dir)
+  command = command or builders.command(name, data_dir)
   if directory is None:
     raise UserError(
       f"no prepared data set {name!r} in {data_dir}; make it with: {command}"
     )
   if read_metadata(directory).get("kind") == "latent":
-    command = prepare_command(name, data_dir, kind="imagenet_latents")
+    command = builders.command(name, data_dir, kind="imagenet_latents")
   import tensorflow_datasets as tfds  # a second to import: only when it is used
 
   try:
@@ -171,20 +171,9 @@ def open_dataset(
   if not _is_latent(features) and not _has_images(features, any_size):
     raise UserError(
       f"data set {directory} has no images of one size; prepare them with:"
-      f" {prepare_command(name, data_dir, kind='image_folder')}"
+      f" {builders.command(name, data_dir, kind='image_folder')}"
     )
   return _open(builder, split, directory)
-
-
-def prepare_command(
-  name: str,
-  data_dir: str | None,
-  kind: str | None = None,
-  resolution: int | None = None,
-) -> str:
-  """`builders.command`; None for `data_dir` is the default folder."""
-  data_dir = data_dir or default_data_dir()
-  return builders.command(name, data_dir, kind, resolution)
 
 
 def check_matches(

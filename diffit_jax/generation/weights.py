@@ -37,30 +37,6 @@ class Weights:
   about: str = ""
 
 
-def load(
-  mesh: Mesh,
-  *,
-  workdir: str | None,
-  checkpoint: str | None,
-  config: config_dict.ConfigDict | None,
-  ema: str | None,
-) -> Weights:
-  """The weights that the flags of the same names ask for.
-
-  Args:
-    mesh: the devices, on each of which the weights are whole.
-    workdir: folder of a run; None for a file.
-    checkpoint: safetensors file; None for a workdir.
-    config: config of a file that has none; a workdir has its own.
-    ema: see `from_workdir` and `from_file`.
-  """
-  if workdir is None:
-    return from_file(checkpoint, mesh, ema, config)
-  if config is not None:
-    raise UserError("--config goes with --checkpoint: a workdir has its own")
-  return from_workdir(workdir, mesh, ema)
-
-
 def read_config(workdir: str | os.PathLike) -> config_dict.ConfigDict:
   """The resolved config that the run in `workdir` wrote."""
   from diffit_jax.run.workdir import path_of

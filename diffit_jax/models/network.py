@@ -6,15 +6,8 @@ from flax import linen as nn
 import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
+from diffit_jax.models import compute as options
 from diffit_jax.models import kernels
-from diffit_jax.models.compute import (
-  PLAIN,
-  REMAT_POLICIES,
-  Compute,
-  Constrain,
-  MapParams,
-  unconstrained,
-)
 
 
 class Network(nn.Module, kw_only=True):
@@ -26,15 +19,15 @@ class Network(nn.Module, kw_only=True):
 
   dtype: jnp.dtype = jnp.float32
   remat: str = "none"
-  attention: str = PLAIN
-  constrain: Constrain = unconstrained
-  map_params: MapParams | None = None
+  attention: str = options.PLAIN
+  constrain: options.Constrain = options.unconstrained
+  map_params: options.MapParams | None = None
 
   @property
-  def compute(self) -> Compute:
+  def compute(self) -> options.Compute:
     """The options as one value, for the modules inside."""
-    names = [field.name for field in dataclasses.fields(Compute)]
-    return Compute(**{name: getattr(self, name) for name in names})
+    names = [field.name for field in dataclasses.fields(options.Compute)]
+    return options.Compute(**{name: getattr(self, name) for name in names})
 
   def _check_compute(self, side: int, bias_option: str) -> None:
     """Refuses options that are unknown or do not go with the network.
@@ -43,9 +36,8 @@ class Network(nn.Module, kw_only=True):
       side: of the images or latents.
       bias_option: what decides over the attention's bias.
     """
-    if self.remat not in REMAT_POLICIES:
-      raise UserError(
-        f"model.remat={self.remat!r}: use one of {tuple(REMAT_POLICIES)}"
-      )
+    allowed = tuple(options.REMAT_POLICIES)
+    if self.remat not in allowed:
+      raise UserError(f"model.remat={self.remat!r}: use one of {allowed}")
     shapes = self.attention_shapes(side)
     kernels.check_shapes(self.attention, shapes, bias_option)

@@ -14,8 +14,8 @@ from ml_collections import config_dict
 
 from diffit_jax.autoencoder import Autoencoder
 from diffit_jax.autoencoder.patch_code import PatchCode
+from diffit_jax.data import builders, pipeline
 from diffit_jax.data import dataset as dataset_lib
-from diffit_jax.data import pipeline
 from diffit_jax.diffusion import kinds
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import mesh as mesh_lib
@@ -47,7 +47,8 @@ def open_training_set(
   if kinds.is_latent(config):
     pixels *= config.autoencoder.down_factor
     kind = None if encodes else "imagenet_latents"
-  command = dataset_lib.prepare_command(data.name, data_dir, kind, pixels)
+  data_dir = data_dir or dataset_lib.default_data_dir()
+  command = builders.command(data.name, data_dir, kind, pixels)
   dataset = pipeline.open_dataset(
     data.name, data_dir, data.split, command=command
   )

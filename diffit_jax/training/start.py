@@ -104,9 +104,9 @@ def open_run(
     best_by=config.keep_best_by,
   )
   watchdog = Watchdog(config.watchdog_seconds)
-  stack.enter_context(_watched(watchdog, checkpoints.close))
+  stack.callback(_close, watchdog, checkpoints)
   snapshots = Snapshots(directory, config)
-  stack.enter_context(_watched(watchdog, snapshots.close))
+  stack.callback(_close, watchdog, snapshots)
   return Run(
     config,
     directory,
@@ -127,14 +127,9 @@ def open_data(config, data_dir, vae):
   return codec, source.open_training_set(config, data_dir, codec)
 
 
-@contextlib.contextmanager
-def _watched(watchdog: Watchdog, close: Callable[[], None]):
-  """Calls `close` at the end, which may wait for a save."""
-  try:
-    yield
-  finally:
-    with watchdog:
-      close()
+def _close(watchdog: Watchdog, folder: Checkpoints | Snapshots) -> None:
+  with watchdog:  # it may wait for a save
+    folder.close()
 
 
 def restore(run: Run) -> TrainState:
