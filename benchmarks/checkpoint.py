@@ -80,9 +80,7 @@ def measure(name: str, steps: int, every: int, data_dir: str | None) -> dict:
     if data_dir is None:
       data_dir = f"{folder}/data"
       preparation.prepare(**digits.recipe(), data_dir=data_dir)
-    assert loop.train(
-      config, f"{folder}/run", data_dir, make_batches=make_batches
-    )
+    loop.train(config, f"{folder}/run", data_dir, make_batches=make_batches)
   total = time.monotonic() - clock.start
   timed, num_saves = steps - clock.first_step, len(saved) - 1
   save_seconds = sum(clock.seconds["checkpoint"])
