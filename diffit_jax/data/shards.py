@@ -211,7 +211,9 @@ class ShardedSet:
         if former.exists():
           former.rename(self._staging / f"former{number}")
       self._made.rename(target)
-      shutil.rmtree(self._staging)
+      while self._staging.exists():  # another host may free a lock meanwhile
+        with contextlib.suppress(FileNotFoundError):
+          shutil.rmtree(self._staging)
       return target
 
   def _write_metadata(

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -248,6 +249,23 @@ def test_hosts_together_make_what_one_makes(folder, encoder, made, tmp_path):
   assert _contents(tmp_path) == _contents(made)
   # A host that comes late finds the set and leaves it alone.
   assert _prepare(folder, tmp_path, encoder, part=1, **options) == outcome
+
+
+def test_a_lock_that_another_host_frees_meanwhile_stops_nothing(
+  folder, encoder, tmp_path, monkeypatch
+):
+  real, calls = shutil.rmtree, []
+
+  def rmtree(path, **options):
+    calls.append(path)
+    if len(calls) == 1:
+      raise FileNotFoundError("00002.lock")
+    real(path, **options)
+
+  monkeypatch.setattr(shutil, "rmtree", rmtree)
+  assert _prepare(folder, tmp_path, encoder, latent_dtype="float32")
+  (left,) = (tmp_path / "imagenet_latents").iterdir()
+  assert left.name == "1.0.0" and len(calls) == 2
 
 
 def test_hosts_at_the_same_time(folder, encoder, made, tmp_path):
