@@ -338,12 +338,14 @@ def run_tiny(folder: pathlib.Path, *args: str, **env) -> list[dict]:
 
 def test_a_tiny_run_leaves_the_documents_alone(tmp_path):
   page_before = (ROOT / "docs" / "gpu.md").stat().st_mtime_ns
-  found = run_tiny(tmp_path, "--stages=machine", "--commit=c1")
+  found = run_tiny(tmp_path, "--stages=machine,ceilings", "--commit=c1")
   assert not [r for r in found if "error" in r]
-  assert {r["stage"] for r in found} == {"machine"}
+  assert {r["stage"] for r in found} == {"machine", "ceilings"}
   assert {rows.key(r, ("card", "commit", "tiny")) for r in found} == {
     ("cpu", "c1", True)
   }
+  products = [r for r in found if "TFLOP/s" in r]
+  assert len(products) == 8 and all(r["TFLOP/s"] > 0 for r in products)
   assert (ROOT / "docs" / "gpu.md").stat().st_mtime_ns == page_before
   assert not (tmp_path / "gpu.md").exists()
 
