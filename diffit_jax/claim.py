@@ -110,9 +110,9 @@ class Claim:
     """Claims nothing yet.
 
     Args:
-      path: of the claim file.
+      path: path of the claim file.
       flag: that named the place, for messages.
-      value: of the flag.
+      value: value of the flag.
       me: this process; None asks the system.
       alive: as `is_alive`.
       clock: seconds, of any origin.
@@ -328,9 +328,9 @@ def exclusive(
   """Claims a place for the time of the block.
 
   Args:
-    path: of the claim file, local: in a bucket nothing is claimed.
+    path: path of the claim file, local: in a bucket nothing is claimed.
     flag: that named the place, for messages.
-    value: of the flag.
+    value: value of the flag.
     first: calls its argument in one of a run's processes and returns what that
       gave, in all of them; they wait together.
 

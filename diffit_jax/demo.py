@@ -98,8 +98,8 @@ def _train(
   """Trains where the run is not finished; seconds of all its training.
 
   Args:
-    config: of the run.
-    workdir: of the run.
+    config: config of the run.
+    workdir: folder of the run.
     is_finished: None asks the names of its checkpoints.
   """
   from diffit_jax.run import workdir as workdir_lib
@@ -179,8 +179,8 @@ def frechet_distances(folder: pathlib.Path, mesh) -> tuple[float, float]:
   """How far samples, and as many real digits, are from the real digits.
 
   Args:
-    folder: of the samples; gets their card.
-    mesh: of the devices.
+    folder: folder of the samples; gets their card.
+    mesh: the devices.
 
   Returns:
     (distance of the samples to all real digits, distance of 500 real digits to

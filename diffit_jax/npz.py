@@ -38,10 +38,10 @@ class Member:
   Attributes:
     path: the archive.
     info: zipfile's entry.
-    start: of the member's bytes in the archive.
+    start: place of the member's first byte in the archive.
     header_size: bytes of the .npy header, before the numbers.
-    shape: of the array.
-    dtype: of the array.
+    shape: shape of the array.
+    dtype: type of the array.
     order: "C" or "F".
   """
 
@@ -134,7 +134,7 @@ def hash_npz(members: Mapping[str, Member]) -> str:
   """SHA-256 of the archive file; checks the sums of its stored members.
 
   Args:
-    members: of one archive, as `open_npz` gives them; at least one.
+    members: members of one archive, as `open_npz` gives them; at least one.
 
   Raises:
     UserError: a member is not what was written.
@@ -164,8 +164,8 @@ class Stream:
   """An array that is written block by block.
 
   Attributes:
-    shape: of the whole.
-    dtype: of the whole, and of every block.
+    shape: shape of the whole.
+    dtype: type of the whole, and of every block.
     blocks: [k, *shape[1:]] each, shape[0] rows in all.
   """
 

@@ -65,7 +65,7 @@ class ResBlock(nn.Module):
 
   Attributes:
     features: width of the output.
-    num_groups: of both GroupNorms.
+    num_groups: number of groups of both GroupNorms.
   """
 
   features: int
@@ -140,7 +140,7 @@ class Level(nn.Module):
   Attributes:
     features: width of all blocks.
     num_blocks: how many.
-    num_groups: of every GroupNorm.
+    num_groups: number of groups of every GroupNorm.
     resample: makes the module that changes the resolution, or None.
     resample_name: its name.
   """
@@ -218,13 +218,13 @@ class AutoencoderKL(nn.Module):
   """Equations (6) and (7); the defaults are sd-vae-ft-ema and -mse.
 
   Attributes:
-    in_channels: of the images that go in.
-    out_channels: of the images that come out.
-    latent_channels: of mean and log-variance, each.
+    in_channels: number of channels of the images that go in.
+    out_channels: number of channels of the images that come out.
+    latent_channels: number of channels of mean and log-variance, each.
     block_out_channels: width of each level, finest first.
     layers_per_block: residual blocks of an encoder level; the decoder has one
       more.
-    norm_num_groups: of every GroupNorm.
+    norm_num_groups: number of groups of every GroupNorm.
   """
 
   in_channels: int = 3

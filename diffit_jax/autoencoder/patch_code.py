@@ -22,7 +22,7 @@ class PatchCode:
   Attributes:
     side: pixels per side of a square.
     scaling_factor: by which the diffusion multiplies latents.
-    params: of `encode_fn` and `decode_fn`; there are none.
+    params: parameters of `encode_fn` and `decode_fn`; there are none.
   """
 
   side: int

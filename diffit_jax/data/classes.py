@@ -47,7 +47,7 @@ def wrapping_folder(
   folders.
 
   Args:
-    names: of the images, one or more.
+    names: names of the images, one or more.
     labels_files: names of all files that are called dataset.json.
   """
   wrapper = ""
@@ -69,10 +69,10 @@ def of_json(
   """Labels by dataset.json.
 
   Args:
-    text: of the file.
-    names: of all images.
+    text: text of the file.
+    names: names of all images.
     wrapper: what the file's names are relative to, see `wrapping_folder`.
-    path: of the source, for errors.
+    path: path of the source, for errors.
 
   Returns:
     {name: class} and the names of the classes 0, 1, ...
@@ -119,9 +119,9 @@ def of_folders(
   """Labels by the folders that images lie in.
 
   Args:
-    names: of all images.
+    names: names of all images.
     wrapper: see `wrapping_folder`.
-    path: of the source, for messages.
+    path: path of the source, for messages.
 
   Returns:
     {name: class} and the names of the classes; both empty for images that lie
@@ -204,7 +204,8 @@ def in_words(metadata: Mapping[str, Any]) -> str:
   """The classes of a prepared data set, in a line; short where there are many.
 
   Args:
-    metadata: of the set; "images_per_class" may be missing in an older one.
+    metadata: metadata of the set; "images_per_class" may be missing in an older
+      one.
   """
   names, counts = metadata["class_names"], metadata.get("images_per_class")
   if not names:

@@ -44,13 +44,14 @@ class Dataset:
     image_shape: (height, width, channels) of every image; of latents, of the
       images that were encoded.
     num_classes: labels are 0..num_classes-1; 0 where the set has no labels.
-    class_names: of the classes 0, 1, ...; their numbers where they have none.
+    class_names: names of the classes 0, 1, ...; their numbers where they have
+      none.
     metadata: what `prepare` wrote down; empty for a set made by TFDS alone.
     directory: the folder that holds the records.
     kind: "image" or "latent".
     latent_shape: (height, width, channels) of every latent; None for images.
-    encoding: of the images, one of `transforms.ENCODINGS`; "png" stands for
-      whatever files TFDS has.
+    encoding: encoding of the images, one of `transforms.ENCODINGS`; "png"
+      stands for whatever files TFDS has.
   """
 
   source: Sequence[dict[str, Any]]
@@ -184,7 +185,7 @@ def check_matches(
   Args:
     dataset: the data set.
     resolution: pixels per side that the model works on.
-    channels: of the model's images.
+    channels: number of channels of the model's images.
     num_classes: classes that the model is told; 0 ignores the labels.
   """
   if dataset.kind != "image":
@@ -217,9 +218,9 @@ def check_latents(
 
   Args:
     dataset: the data set.
-    side: of the latents that the model works on.
-    channels: of those latents; the set holds twice as many, mean and
-      log-variance.
+    side: side of the latents that the model works on.
+    channels: number of channels of those latents; the set holds twice as many,
+      mean and log-variance.
     num_classes: classes that the model is told; 0 ignores the labels.
     vae_hash: SHA-256 of the weights of the VAE that decodes; None where it is
       not known.

@@ -70,7 +70,7 @@ class Pipeline(Iterator[Batch]):
     Args:
       dataset: what to read.
       global_batch_size: images per step over all shards.
-      seed: of the order and of the mirroring, 0 or above.
+      seed: seed of the order and of the mirroring, 0 or above.
       start_index: images already consumed, a multiple of the batch.
       flip: whether to mirror each image with probability one half.
       shard_index: which part of each global batch is wanted.

@@ -56,7 +56,7 @@ def prepare(
   Args:
     make_builder: from the data directory that TFDS is to write under, the
       builder, in ArrayRecord format.
-    name: of the data set.
+    name: name of the data set.
     data_dir: where data sets live; made if missing.
     settings: what the records depend on; a data set that is there is left alone
       if it was made with equal ones.

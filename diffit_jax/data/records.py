@@ -54,10 +54,10 @@ class Records(Sequence):
     """Opens the split.
 
     Args:
-      builder: of TFDS, in ArrayRecord format.
+      builder: builder of TFDS, in ArrayRecord format.
       split: as TFDS takes it.
       keys: features that are wanted, beside the label.
-      directory: of the data set, for errors.
+      directory: folder of the data set, for errors.
 
     Raises:
       ValueError or KeyError, by TFDS: no such split.

@@ -60,9 +60,9 @@ class ShardedSet:
     """Plans the data set; nothing is written before `begin`.
 
     Args:
-      name: of the data set.
+      name: name of the data set.
       data_dir: where data sets live; made if missing.
-      features: of an example.
+      features: features of an example.
       num_shards: how many files it has.
       settings: what the records depend on, in JSON's types.
       origin: where the records come from, for error messages.

@@ -252,7 +252,7 @@ def split_output(
   """[b, h, w, 2c] -> eps, v [b, h, w, c] each; [b, h, w, c] -> eps, None.
 
   Args:
-    model_output: of the network.
+    model_output: output of the network.
     channels: c, of the data.
   """
   found = model_output.shape[-1]

@@ -28,7 +28,7 @@ def make_network(
   """The function (x, level, labels) that the config's solvers are made for.
 
   Args:
-    model: of `config.model`.
+    model: network of `config.model`.
     params: its parameters.
     config: the whole config.
 
@@ -50,7 +50,7 @@ def make_generator(
   """The function (params, seed, index [b], labels [b]) -> what the model makes.
 
   Args:
-    model: of `config.model`.
+    model: network of `config.model`.
     config: the whole config; data, diffusion, sampler and matmul_precision are
       read.
     mesh: the batch is split over all of it, weights are replicated.

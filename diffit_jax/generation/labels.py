@@ -12,7 +12,7 @@ def choose_labels(
 
   Args:
     index: [n] sample indices.
-    seed: of the run of the sampler.
+    seed: seed of the sampler's run.
     num_classes: 0 for an unconditional model.
     labels: "random", uniform and independent per sample, or classes such as
       "3", "0,1,2" or "0-9", dealt out in turn.

@@ -75,13 +75,13 @@ class Kind:
   """What one sample is, and how it is kept.
 
   Attributes:
-    name: of the folder with one file per sample.
-    suffix: of these files.
+    name: name of the folder with one file per sample.
+    suffix: suffix of these files.
     write: (path, array); never leaves a partial file under that name.
     read: path -> array; raises something where the file is damaged.
     fault: (path, shape [h, w, c]) -> why a file is none of these, or None; what
       its ends do not tell goes unseen.
-    prefix: of the npz file's name.
+    prefix: first part of the npz file's name.
   """
 
   name: str
@@ -108,9 +108,9 @@ class Output:
   """The folder of a sampling run.
 
   Attributes:
-    folder: of the run.
+    folder: folder of the run.
     kind: images or latents.
-    shape: of a sample, [h, w, c].
+    shape: shape of a sample, [h, w, c].
   """
 
   folder: pathlib.Path

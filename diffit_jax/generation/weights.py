@@ -21,7 +21,7 @@ class Weights:
 
   Attributes:
     params: the tree, on the devices of the mesh.
-    config: of the run that made them.
+    config: config of the run that made them.
     step: training steps taken.
     ema: name of the average, "none" for the raw parameters, or the relative
       width of an average that was made from snapshots.
@@ -61,7 +61,7 @@ def from_workdir(
   """The newest readable checkpoint's EMA (or raw) parameters.
 
   Args:
-    workdir: of the run.
+    workdir: folder of the run.
     mesh: the weights are replicated on it.
     ema: name of the average; None is the config's first, "none" the raw
       parameters, and a number such as "0.08" the relative width of an average
@@ -134,7 +134,7 @@ def from_file(
     path: the .safetensors file.
     mesh: the weights are replicated on it.
     ema: a name that the file must confirm; None is whatever it holds.
-    config: of the network and the sampler; None is the file's own.
+    config: config of the network and the sampler; None is the file's own.
   """
   params, config, header = files.read_weights(path, config)
   if ema not in (None, header["ema"]):

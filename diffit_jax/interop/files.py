@@ -142,7 +142,7 @@ def write_weights(
   Args:
     path: ends in .safetensors.
     params: tree of arrays of the config's network.
-    config: of the network and the sampler.
+    config: config of the network and the sampler.
     step: training steps taken.
     ema: name of the average, "none" for raw parameters, or a width.
     about: one line for the header on how the average was made, where it was

@@ -54,7 +54,7 @@ def wrong_type(
   """Says that a tensor is not of an allowed type; None where it is.
 
   Args:
-    name: of the tensor.
+    name: name of the tensor.
     dtype: as the file names it, for example "BF16".
     allowed: types of that kind.
   """

@@ -33,8 +33,8 @@ class Compute:
   """Options that change how fast and how exactly a network computes.
 
   Attributes:
-    dtype: of matrix products and the residual stream; softmax, norms and the
-      attention's bias are float32.
+    dtype: type of matrix products and the residual stream; softmax, norms and
+      the attention's bias are float32.
     attention: a key of `KERNELS`.
     remat: what each block recomputes in the backward pass, a key of
       REMAT_POLICIES: "none"; "dots", all but the products with weights; "full".

@@ -42,7 +42,7 @@ class ImageDiffiT(Network):
   Attributes as of `Network`, and
 
   Attributes:
-    channels: of input and output images.
+    channels: number of channels of input and output images.
     base_channels: width that `channel_mult` multiplies, of the tokenizer, and
       of the sinusoidal noise embedding.
     channel_mult: width of each level over base_channels; its length is the
@@ -66,7 +66,8 @@ class ImageDiffiT(Network):
       and the figure has not.
     time_in: where time enters the blocks: "tmsa", or what the paper compares it
       with, see `time_in`.
-    embedding: of the noise level, "positional" or "fourier" (Table 8).
+    embedding: embedding of the noise level, "positional" or "fourier" (Table
+      8).
   """
 
   channels: int = 3

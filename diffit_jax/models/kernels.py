@@ -22,7 +22,7 @@ class AttentionShape(NamedTuple):
   Attributes:
     tokens: number that attend to each other.
     heads: number of heads.
-    width: of one head.
+    width: width of one head.
     bias: "shared" by all samples, "each" has one, or "none".
   """
 
@@ -64,7 +64,7 @@ def check_shapes(
 
   Args:
     name: model.attention.
-    shapes: of the network's attention.
+    shapes: shapes of the network's attention.
     option: what decides over the network's bias, as "model.time_in='plain'".
   """
   if name not in KERNELS:
@@ -82,7 +82,7 @@ def check_machine(name: str, platform: str, dtype: str) -> None:
 
   Args:
     name: model.attention.
-    platform: of the devices, as JAX calls it.
+    platform: platform of the devices, as JAX calls it.
     dtype: model.dtype.
   """
   kernel = KERNELS.get(name, KERNELS[PLAIN])

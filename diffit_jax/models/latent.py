@@ -52,7 +52,7 @@ class LatentDiffiT(Network):
   Attributes:
     input_size: side of the latent (image side / 8 with the SD VAE).
     patch_size: side of the squares that become tokens.
-    channels: of the latent.
+    channels: number of channels of the latent.
     hidden_dim: width D of the tokens; a multiple of 4 and of num_heads.
     depth: number of blocks; the paper's text has 30.
     num_heads: heads of each TMSA.
@@ -231,7 +231,7 @@ def resize_params(params: Mapping, from_side: int, to_side: int) -> dict:
   its corners and its centre fixed, bilinearly, which cannot overshoot.
 
   Args:
-    params: of a LatentDiffiT, scanned or not.
+    params: parameters of a LatentDiffiT, scanned or not.
     from_side: its input_size.
     to_side: the new input_size.
 

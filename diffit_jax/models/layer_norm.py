@@ -18,7 +18,7 @@ def layer_norm(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
   Args:
     x: [..., c].
-    dtype: of the result.
+    dtype: type of the result.
 
   Returns:
     [..., c].

@@ -39,8 +39,8 @@ def flat_dot_general(
   Args:
     x: [..., c].
     kernel: [c, features].
-    dimension_numbers: of a contraction of x's last axis with kernel's first.
-    precision: of the product.
+    dimension_numbers: the contraction of x's last axis with kernel's first.
+    precision: precision of the product.
 
   Returns:
     [..., features].

@@ -33,7 +33,7 @@ class Network(nn.Module, kw_only=True):
     """Refuses options that are unknown or do not go with the network.
 
     Args:
-      side: of the images or latents.
+      side: side of the images or latents.
       bias_option: what decides over the attention's bias.
     """
     allowed = tuple(options.REMAT_POLICIES)

@@ -28,8 +28,8 @@ class Cluster:
   Attributes:
     kind: "alone", "manual", "slurm" or "tpu".
     coordinator: host:port of process 0; None where JAX finds it (TPU).
-    num_processes: of the run; None where JAX finds it.
-    process_id: of this one; None where JAX finds it.
+    num_processes: number of the run's processes; None where JAX finds it.
+    process_id: number of this process; None where JAX finds it.
     device_ids: the node's GPUs that are this process's; None is all it sees.
   """
 
@@ -59,8 +59,9 @@ def detect(
 
   Args:
     coordinator: host:port of process 0.
-    num_processes: of the run; 1 is a run alone, whatever the surroundings.
-    process_id: of this process.
+    num_processes: number of the run's processes; 1 is a run alone, whatever
+      the surroundings.
+    process_id: number of this process.
     environ: the environment variables.
     has_tpu: whether this machine has TPU chips.
 

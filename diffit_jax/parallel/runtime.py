@@ -246,7 +246,7 @@ def check_same(what: str, text: str) -> None:
 
   Args:
     what: the text describes, as "config".
-    text: of this process.
+    text: what this process has.
 
   Raises:
     UserError: in all processes, naming the first that differs.

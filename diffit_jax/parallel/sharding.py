@@ -35,7 +35,7 @@ def parameter_spec(
 
   Args:
     path: keys joined by "/".
-    shape: of the array.
+    shape: shape of the array.
     fsdp: devices that share it.
     rules: the first that matches decides.
 

@@ -23,10 +23,10 @@ class Step:
 
   Attributes:
     program: the run's parts.
-    traced: of `jax.jit(...).trace`.
+    traced: result of `jax.jit(...).trace`.
     products: matrix products and convolutions that it runs, on all devices.
-    forward_macs: of one network evaluation of one image.
-    argument_bytes: of its arguments on one device.
+    forward_macs: multiply-accumulates of one network evaluation of one image.
+    argument_bytes: size of its arguments on one device.
   """
 
   program: program_lib.Program
@@ -65,8 +65,8 @@ class Compiled:
   Attributes:
     memory: that it needs.
     fits: whether the device has that much.
-    text: of the program; None if it does not fit, or if libtpu fails to print
-      what it made.
+    text: text of the program; None if it does not fit, or if libtpu fails to
+      print what it made.
   """
 
   memory: Memory

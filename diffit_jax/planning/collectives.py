@@ -41,9 +41,9 @@ class Collective:
   """One collective operation of the program.
 
   Attributes:
-    kind: of KINDS.
+    kind: one of KINDS.
     runs: per step.
-    num_bytes: of its operands on each chip.
+    num_bytes: size of its operands on each chip.
     group_size: chips that take part in it together.
     num_slices: slices that they lie in.
   """

@@ -90,7 +90,7 @@ def count(network: str, side: int) -> tuple[int, int]:
 
   Args:
     network: `config.model` as JSON.
-    side: of the image or latent.
+    side: side of the image or latent.
   """
   model = make_model(json.loads(network))
   shapes = jax.eval_shape(lambda: program.init_params(model, side, 0))

@@ -25,17 +25,18 @@ class Plan:
   """What one step of a run needs on each chip.
 
   Attributes:
-    config: of the run.
+    config: config of the run.
     topology: the chips.
     mesh: {axis: devices}.
-    memory: of one chip.
+    memory: memory of one chip.
     fits: whether it has that much; None where its memory is not known.
-    step_flops: of the traced step's matrix products, on all chips.
+    step_flops: FLOPs of the traced step's matrix products, on all chips.
     plain_flops: the same without recomputing anything in the backward pass.
     formula_flops: 6 x MAC x batch.
     bf16_flops: the passes of step_flops that a TPU makes.
-    collectives: of the compiled step; None if it does not fit or has no text.
-    traffic: of memory; None likewise.
+    collectives: collectives of the compiled step; None if it does not fit or
+      has no text.
+    traffic: bytes that go to and from memory; None likewise.
     unknown_loops: loops of unknown length, that count as one run.
     roofline: least time of a step; None likewise, or for a CPU.
   """

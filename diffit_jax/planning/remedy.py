@@ -35,7 +35,7 @@ def find(plan: Plan, devices: Sequence) -> list[Trial]:
   """Tries changes, from the least to the most costly, until one fits.
 
   Args:
-    plan: of a config that does not fit.
+    plan: plan of a config that does not fit.
     devices: its devices.
 
   Returns:

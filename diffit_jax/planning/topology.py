@@ -29,7 +29,7 @@ class Chip:
     ici_bandwidth: byte/s that all links to neighbours send, in one direction.
     ici_axes: axes of the torus; a chip has two links along each.
     dcn_bandwidth: byte/s of the chip's share of its host's network.
-    max_chips: of a pod, the largest slice.
+    max_chips: number of chips of a pod, the largest slice.
   """
 
   bf16_flops: float
@@ -64,7 +64,7 @@ class Topology:
   Attributes:
     name: as the user wrote it.
     kind: "cpu", or a key of CHIPS.
-    shape: of one slice, in chips.
+    shape: shape of one slice, in chips.
     num_slices: slices.
   """
 

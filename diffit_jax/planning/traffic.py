@@ -36,8 +36,8 @@ class Traffic:
   """Bytes per step and chip.
 
   Attributes:
-    touched: of all memories.
-    hbm: of HBM alone.
+    touched: bytes in all memories.
+    hbm: bytes in HBM alone.
   """
 
   touched: int

@@ -47,7 +47,7 @@ class Checkpoints:
     """Opens or creates the folder.
 
     Args:
-      workdir: of the run.
+      workdir: folder of the run.
       max_to_keep: newest checkpoints that stay.
       keep_period: a step divisible by it stays for ever; None or 0 for no such.
       best_by: name of a metric that `save` or `note` will tell; the
@@ -93,7 +93,7 @@ class Checkpoints:
       step: number of steps that `state` has taken.
       state: all of it but `state.step` is stored as arrays.
       batch_size: global, for the data position.
-      metrics: of the last logging point.
+      metrics: metrics of the last logging point.
     """
     metrics = {name: float(value) for name, value in (metrics or {}).items()}
     if self._best is not None and step not in self.steps():
@@ -225,7 +225,7 @@ def restore_item(workdir: str | os.PathLike, step: int, item: str, abstract):
   """Reads one item ("params" or "ema") of one step, and nothing else.
 
   Args:
-    workdir: of the run.
+    workdir: folder of the run.
     step: one of `list_steps`.
     item: its name.
     abstract: shapes, dtypes and shardings to restore into; of "ema" it may name

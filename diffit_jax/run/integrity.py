@@ -41,7 +41,7 @@ def checksums(tree, unit=None) -> dict[str, str]:
   Waits for the device. All processes of a mesh must call it together.
 
   Args:
-    tree: of jax arrays.
+    tree: tree of jax arrays.
     unit: structure of a subtree that comes several times in the tree, as that
       of the parameters; one program is compiled for it instead of one for all.
   """
@@ -71,7 +71,7 @@ def compare(saved: Mapping[str, str], found: Mapping[str, str]) -> None:
 
   Args:
     saved: sums that were stored.
-    found: of what was read; it may be a part of the leaves.
+    found: checksums of what was read; it may be a part of the leaves.
   """
   wrong = [name for name in sorted(found) if saved.get(name) != found[name]]
   if wrong:

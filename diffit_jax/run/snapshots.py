@@ -41,7 +41,7 @@ class Snapshots:
 
     Args:
       directory: the workdir.
-      config: of the run; snapshot_every_steps=0 is none.
+      config: config of the run; snapshot_every_steps=0 is none.
 
     Raises:
       UserError: the folder holds another run's.

@@ -21,7 +21,7 @@ class TrainState:
   Attributes:
     step: [] int32 steps taken; with the batch size it is the data position.
     params: float32 parameters.
-    opt_state: of the optax optimizer.
+    opt_state: state of the optax optimizer.
     ema: {name: tree like params}, float32.
   """
 
@@ -108,7 +108,7 @@ def replace_params(state: TrainState, params) -> TrainState:
   """A fresh state that starts, averages included, from given parameters.
 
   Args:
-    state: of step 0; its shardings are kept.
+    state: state of step 0; its shardings are kept.
     params: tree of arrays like `state.params`.
   """
   params = jax.tree.map(

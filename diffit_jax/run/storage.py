@@ -203,7 +203,7 @@ def check_name(path: str | os.PathLike) -> None:
   path as it is.
 
   Args:
-    path: of a folder that steps are to be saved below.
+    path: folder that steps are to be saved in.
   """
   full = str(absolute(path))
   found = sorted(set(full) & set("*?["))
@@ -242,7 +242,7 @@ def read(
   All processes call it together, and all get them or none.
 
   Args:
-    directory: of the steps.
+    directory: folder of the steps.
     step: one of `list_steps`.
     trees: {name: shapes, dtypes and shardings to restore into}.
     notes: names of the JSON to read.

@@ -60,7 +60,7 @@ def check(
 
   Args:
     workdir: the folder; it need not be there.
-    config: of the run that is to go on in it.
+    config: config of the run that is to go on in it.
     data: what identifies its data set; None where it is not open.
 
   Raises:

@@ -38,7 +38,7 @@ def probe(kernel: str, shape: AttentionShape) -> None:
 
   Args:
     kernel: a key of `kernels.KERNELS`.
-    shape: of the attention to be computed.
+    shape: shape of the attention to be computed.
 
   Raises:
     UserError: it fails to run, or its output or a gradient is off.

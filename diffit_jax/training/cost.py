@@ -17,9 +17,9 @@ class Macs:
   """Multiply-accumulates of one call.
 
   Attributes:
-    total: of all matrix products and convolutions.
-    attention: of q k^T and of the weights times v, which the papers often leave
-      out: the products that have batch dimensions.
+    total: those of all matrix products and convolutions.
+    attention: those of q k^T and of the weights times v, which papers often
+      leave out: the products that have batch dimensions.
   """
 
   total: int
@@ -51,7 +51,7 @@ def count_macs(function: Callable, *args) -> Macs:
   """Counts the multiply-accumulates of one call.
 
   Args:
-    function: of arrays.
+    function: function of arrays.
     *args: arrays or ShapeDtypeStructs.
   """
   return sum_macs(products(jax.make_jaxpr(function)(*args).jaxpr))

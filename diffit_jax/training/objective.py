@@ -23,7 +23,7 @@ class Images:
   """Batches with "image" uint8 [b, h, w, c], augmented.
 
   Attributes:
-    augment_prob: of each augmentation; 0 for none.
+    augment_prob: probability of each augmentation; 0 for none.
   """
 
   augment_prob: float
@@ -53,8 +53,7 @@ class Latents:
   """Batches with "moments" [b, h, w, 2c] of a VAE: mean, then log-variance.
 
   Attributes:
-    scaling_factor: of the latents, which are its product with a draw from the
-      posterior.
+    scaling_factor: what a draw from the posterior is multiplied with.
   """
 
   scaling_factor: float
@@ -139,7 +138,7 @@ def make(
   Args:
     model: the network.
     config: the whole config, or its section `diffusion` alone.
-    scaling_factor: of latents; None is that of a whole config's section
+    scaling_factor: scale of latents; None is that of a whole config's section
       `autoencoder`, or images.
   """
   section = config.get("diffusion", config)

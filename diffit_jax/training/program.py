@@ -54,7 +54,7 @@ def build(
 
   Args:
     config: the resolved config.
-    devices: of the mesh; None is all there are.
+    devices: devices of the mesh; None is all there are.
   """
   checks.check_consistent(config)
   mesh = mesh_lib.make_mesh(**config.mesh, devices=devices)
@@ -168,7 +168,7 @@ def forward_macs(model: nn.Module, params, side: int) -> cost.Macs:
   Args:
     model: the network.
     params: its parameters, abstract ones will do.
-    side: of the image or latent.
+    side: side of the image or latent.
   """
   x = jax.ShapeDtypeStruct((1, side, side, model.channels), jnp.float32)
   t = jax.ShapeDtypeStruct((1,), jnp.float32)

@@ -16,7 +16,7 @@ def dry_run(
 
   Args:
     config: the resolved config.
-    devices: of the mesh; None is all there are.
+    devices: devices of the mesh; None is all there are.
   """
   return describe(config, program_lib.build(config, devices))
 

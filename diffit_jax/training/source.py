@@ -32,7 +32,7 @@ def open_training_set(
 
   Args:
     config: the resolved config.
-    data_dir: of the prepared data sets; None is $TFDS_DATA_DIR.
+    data_dir: folder of the prepared data sets; None is $TFDS_DATA_DIR.
     codec: the autoencoder, where one was given.
   """
   data, side = config.data, config.data.resolution

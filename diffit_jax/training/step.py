@@ -35,13 +35,13 @@ def make_step(
     optimizer: applied to the gradient of their mean.
     ema: {name: decay rule}.
     batch_size: global.
-    seed: of all the run's random draws.
-    matmul_precision: of float32 products; "highest" is true float32 on every
-      backend, "default" the hardware's fast way.
+    seed: seed of all the run's random draws.
+    matmul_precision: precision of float32 products; "highest" is true float32
+      on every backend, "default" the hardware's fast way.
     num_microbatches: parts of the batch that are taken one after the other, to
       save memory. Draws depend on the sample alone, so loss and gradient are
       those of the whole batch up to the order of sums.
-    mesh: of the batch and the parameters; None for one device.
+    mesh: mesh of the batch and the parameters; None for one device.
   """
   place = (lambda tree: tree) if mesh is None else partial(_place, mesh)
 

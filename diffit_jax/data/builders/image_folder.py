@@ -37,7 +37,7 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):
     """Plans the data set; `download_and_prepare` makes it.
 
     Args:
-      name: of the data set.
+      name: name of the data set.
       data_dir: where TFDS is to write.
       source: the images.
       resolution: side of the prepared images.

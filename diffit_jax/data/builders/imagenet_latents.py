@@ -51,7 +51,7 @@ class Encoder:
       of the unscaled latent, each [b, h/f, w/f, latent_channels]; any b.
     down_factor: f.
     in_channels: 1 or 3.
-    latent_channels: of mean and of log-variance.
+    latent_channels: number of channels of mean and of log-variance.
     scaling_factor: a diffusion model's latent is this times a latent here.
     hash: tells the weights of two VAEs apart.
     source: where the VAE was read from.
@@ -188,10 +188,10 @@ def prepare(
   Args:
     images: what to encode.
     encoder: the VAE.
-    name: of the data set.
+    name: name of the data set.
     data_dir: where data sets live; shared by all hosts.
     resolution: side of the cropped images.
-    latent_dtype: of the stored moments, one of `DTYPES`.
+    latent_dtype: type of the stored moments, one of `DTYPES`.
     num_shards: files of the data set; None is one for each 1024 images, and
       1024 at most.
     part: which part of the shards this process makes.

@@ -51,7 +51,7 @@ def resample(
 
   Args:
     x: [b, h, w, c].
-    taps: of the filter along one axis; any scale.
+    taps: weights of the filter along one axis; any scale.
     up: or down.
     pad: zeros on each side; None for what keeps exactly twice or half.
   """
@@ -78,7 +78,7 @@ class UNetBlock(nn.Module):
     features: width out.
     resize: "", "up" or "down".
     has_attention: whether (2) follows.
-    taps: of the filter that resizes.
+    taps: weights of the filter that resizes.
     tmsa: whether time enters the attention.
     dropout: rate before the second convolution.
     compute: dtype, kernel of the attention, and so on.
@@ -129,7 +129,7 @@ class SongUNet(Network):
   Attributes as of `Network`, and
 
   Attributes:
-    channels: of input and output images.
+    channels: number of channels of input and output images.
     base_channels: width that `channel_mult` multiplies.
     channel_mult: width of each level over base_channels.
     num_blocks: blocks per level; the decoder has one more.
