@@ -15,7 +15,7 @@ import time
 import jax
 
 from diffit_jax import cli, main
-from diffit_jax.training import start
+from diffit_jax.training import loop
 
 START = "FIRST_STEP_START"
 
@@ -48,7 +48,7 @@ class Clock:
 def install(clock: Clock) -> None:
   """Puts the clock into the loop; the work done is the same."""
   clock.parts["imports"] = time.time() - float(os.environ[START])
-  build = start.program.build
+  build = loop.program.build
 
   def timed_build(*args):
     program = clock.timed("build", build)(*args)
@@ -63,9 +63,9 @@ def install(clock: Clock) -> None:
 
     return dataclasses.replace(program, train_step=step)
 
-  start.program.build = timed_build
-  start.open_data = clock.timed("data", start.open_data)
-  start.state.create = clock.timed("initial state", start.state.create)
+  loop.program.build = timed_build
+  loop.open_data = clock.timed("data", loop.open_data)
+  loop.state.create = clock.timed("initial state", loop.state.create)
 
 
 if __name__ == "__main__":

@@ -190,12 +190,12 @@ def _load_encoder():
   from diffit_jax.autoencoder import load_autoencoder
   from diffit_jax.data.builders import imagenet_latents
   from diffit_jax.parallel import mesh as mesh_lib
-  from diffit_jax.parallel import platforms
+  from diffit_jax.parallel import platforms, sharding
 
   platforms.wake()
   vae = load_autoencoder(_VAE.value, chunk_size=_BATCH_SIZE.value)
   mesh = mesh_lib.make_mesh(devices=jax.local_devices())
-  params = jax.device_put(vae.params, mesh_lib.replicated(mesh))
+  params = jax.device_put(vae.params, sharding.replicated(mesh))
   size = vae.chunk_size * mesh.size
 
   def encode(images):
@@ -203,7 +203,7 @@ def _load_encoder():
     for start in range(0, len(images), size):
       chunk = images[start : start + size]
       padding = [(0, size - len(chunk))] + [(0, 0)] * 3  # one compilation
-      x = jax.device_put(np.pad(chunk, padding), mesh_lib.batch_sharding(mesh))
+      x = jax.device_put(np.pad(chunk, padding), sharding.batch_sharding(mesh))
       chunks.append(jax.device_get(vae.encode_fn(params, x)))
     return tuple(np.concatenate(each)[: len(images)] for each in zip(*chunks))
 

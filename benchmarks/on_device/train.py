@@ -12,7 +12,7 @@ from ml_collections import config_dict
 import numpy as np
 
 from benchmarks.on_device import device, rows
-from diffit_jax.parallel import mesh as mesh_lib
+from diffit_jax.parallel import sharding
 from diffit_jax.run import state as state_lib
 from diffit_jax.training import program as program_lib
 
@@ -95,7 +95,7 @@ class Trainer:
     if reason := device.does_not_fit(row["needs GiB"]):
       return {**row, "skipped": reason}
     self._make_state(program)
-    batch = mesh_lib.put_batch(program.mesh, make_batch(config))
+    batch = sharding.put_batch(program.mesh, make_batch(config))
     monitor = state_lib.new_monitor(program.mesh)
 
     def run():

@@ -28,12 +28,8 @@ from diffit_jax.evaluation.features.extractor import Extractor
 from diffit_jax.evaluation.metrics.statistics import FeatureStatistics
 from diffit_jax.evaluation.sets.batches import Batches
 from diffit_jax.parallel import runtime
-from diffit_jax.parallel.mesh import (
-  batch_sharding,
-  check_batch,
-  place,
-  replicated,
-)
+from diffit_jax.parallel.mesh import check_batch
+from diffit_jax.parallel.sharding import batch_sharding, place, replicated
 from diffit_jax.progress import Progress
 from diffit_jax.stop import Stopped, StopRequest
 

@@ -29,7 +29,7 @@ from diffit_jax.evaluation.sets.network_samples import (
 from diffit_jax.generation import weights
 from diffit_jax.generation.generator import make_generator
 from diffit_jax.parallel import runtime
-from diffit_jax.parallel.mesh import replicated
+from diffit_jax.parallel.sharding import replicated
 
 _PER_DEVICE = 32  # images of a call, at most
 # CHOICE: not the seed 0 of the sample grids and of `sample`: scores that choose

@@ -18,7 +18,7 @@ from diffit_jax.diffusion import guidance, kinds
 from diffit_jax.environment import PRNG
 from diffit_jax.errors import UserError
 from diffit_jax.generation.options import SamplerOptions
-from diffit_jax.parallel.mesh import batch_sharding, place, replicated
+from diffit_jax.parallel.sharding import batch_sharding, place, replicated
 from diffit_jax.pictures import to_uint8
 
 

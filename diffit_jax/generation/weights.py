@@ -10,7 +10,7 @@ from ml_collections import config_dict
 
 from diffit_jax.errors import UserError
 from diffit_jax.interop import files
-from diffit_jax.parallel.mesh import replicated
+from diffit_jax.parallel.sharding import replicated
 
 RAW = "none"  # --ema=none samples from the parameters themselves
 

@@ -1,17 +1,16 @@
-"""The one device mesh, with axes `data` and `fsdp`, and batches on it."""
+"""The one device mesh, with axes `data` and `fsdp`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import math
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 import numpy as np
 
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import platforms
-
-AXES = ("data", "fsdp")
+from diffit_jax.parallel.sharding import AXES
 
 
 def make_mesh(
@@ -80,16 +79,6 @@ def _arrange(devices: Sequence[jax.Device], data: int, fsdp: int) -> np.ndarray:
   )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The leading axis split over every device."""
-  return NamedSharding(mesh, PartitionSpec(AXES))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-  """A whole copy on every device."""
-  return NamedSharding(mesh, PartitionSpec())
-
-
 def check_batch(mesh: Mesh, batch_size: int, field: str) -> None:
   """Refuses a global batch that the devices cannot share equally."""
   if batch_size < 1 or batch_size % mesh.size:
@@ -97,32 +86,3 @@ def check_batch(mesh: Mesh, batch_size: int, field: str) -> None:
       f"{field}={batch_size} cannot be divided over {mesh.size} devices:"
       f" use a multiple of {mesh.size}"
     )
-
-
-def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-  """Puts an array that every process holds whole where `sharding` says.
-
-  Unlike `jax.device_put` it asks no other process whether theirs is the same.
-  """
-  array = np.asarray(array)
-  part = lambda index: array[index]
-  return jax.make_array_from_callback(array.shape, sharding, part)
-
-
-def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  """Copies this process's part of a batch to its devices, without waiting."""
-  sharding = batch_sharding(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, array)
-    for name, array in batch.items()
-  }
-
-
-def put_ahead(
-  mesh: Mesh, batches: Iterator[dict[str, np.ndarray]]
-) -> Iterator[dict[str, jax.Array]]:
-  """`put_batch` of each batch, one batch before it is asked for."""
-  ahead = put_batch(mesh, next(batches))
-  for batch in batches:
-    current, ahead = ahead, put_batch(mesh, batch)
-    yield current

@@ -6,15 +6,15 @@ weights where it uses them (`gather`), in the type that it computes in, so that
 no activation ever moves: batches stay split over all devices throughout.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import re
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
-from diffit_jax.parallel.mesh import AXES
-
+AXES = ("data", "fsdp")  # of the mesh
 STACKED = "blocks"  # name of a subtree whose axis 0 counts scanned blocks
 LARGEST = "largest"  # split the largest dimension that `fsdp` divides
 
@@ -86,8 +86,8 @@ def with_sharding(abstract, sharding):
 
 def constrain_batch(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
   """The function that keeps an activation [b, ...] split over all devices."""
-  sharding = NamedSharding(mesh, PartitionSpec(AXES))
-  return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+  split = batch_sharding(mesh)
+  return lambda x: jax.lax.with_sharding_constraint(x, split)
 
 
 def gather(mesh: Mesh, dtype: jnp.dtype | None = None) -> Callable | None:
@@ -103,7 +103,7 @@ def gather(mesh: Mesh, dtype: jnp.dtype | None = None) -> Callable | None:
   """
   if mesh.shape["fsdp"] == 1:
     return None
-  whole = NamedSharding(mesh, PartitionSpec())
+  whole = replicated(mesh)
 
   def gather_tree(tree):
     if not isinstance(tree, Mapping):
@@ -124,3 +124,42 @@ def gather_outside_blocks(mesh: Mesh, params: Mapping) -> dict:
     name: subtree if "block" in name else whole(subtree)
     for name, subtree in params.items()
   }
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The leading axis split over every device."""
+  return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """A whole copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+  """Puts an array that every process holds whole where `sharding` says.
+
+  Unlike `jax.device_put` it asks no other process whether theirs is the same.
+  """
+  array = np.asarray(array)
+  part = lambda index: array[index]
+  return jax.make_array_from_callback(array.shape, sharding, part)
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+  """Copies this process's part of a batch to its devices, without waiting."""
+  sharding = batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, array)
+    for name, array in batch.items()
+  }
+
+
+def put_ahead(
+  mesh: Mesh, batches: Iterator[dict[str, np.ndarray]]
+) -> Iterator[dict[str, jax.Array]]:
+  """`put_batch` of each batch, one batch before it is asked for."""
+  ahead = put_batch(mesh, next(batches))
+  for batch in batches:
+    current, ahead = ahead, put_batch(mesh, batch)
+    yield current

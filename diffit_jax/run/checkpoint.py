@@ -21,7 +21,7 @@ import numpy as np
 from orbax.checkpoint import checkpoint_managers as orbax_policies
 
 from diffit_jax.errors import UserError
-from diffit_jax.parallel.mesh import place
+from diffit_jax.parallel.sharding import place
 from diffit_jax.run import storage
 from diffit_jax.run.state import TrainState
 

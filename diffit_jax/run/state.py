@@ -6,12 +6,11 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 import numpy as np
 import optax
 
 from diffit_jax.parallel import sharding
-from diffit_jax.parallel.mesh import place
 
 
 @flax.struct.dataclass
@@ -54,15 +53,15 @@ _NEW = Monitor(np.float32(0), np.float32(0), np.int32(0), np.int32(-1))
 
 def abstract_monitor(mesh: Mesh) -> Monitor:
   """Shapes, dtypes and shardings of the sums."""
-  whole = NamedSharding(mesh, PartitionSpec())
+  whole = sharding.replicated(mesh)
   describe = lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=whole)
   return jax.tree.map(describe, _NEW)
 
 
 def new_monitor(mesh: Mesh) -> Monitor:
   """Zero sums, replicated on the mesh."""
-  whole = NamedSharding(mesh, PartitionSpec())
-  return jax.tree.map(lambda x: place(x, whole), _NEW)
+  whole = sharding.replicated(mesh)
+  return jax.tree.map(lambda x: sharding.place(x, whole), _NEW)
 
 
 def make_init(
@@ -112,7 +111,7 @@ def replace_params(state: TrainState, params) -> TrainState:
     params: tree of arrays like `state.params`.
   """
   params = jax.tree.map(
-    lambda old, new: place(np.asarray(new), old.sharding), state.params, params
+    lambda old, new: sharding.place(new, old.sharding), state.params, params
   )
   # Copies, since the train step donates each tree on its own.
   copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))

@@ -88,7 +88,7 @@ class Actions:
     """Makes the table; does nothing yet.
 
     Args:
-      run: `start.Run`.
+      run: `loop.Run`.
       writer: writer of the metrics.
       clock: counts what steps wait for.
       sampler: draws the grids; None for no grids.

@@ -1,27 +1,170 @@
 """The training loop: one step after the other until done or stopped.
 
-Nothing in the loop waits for the device except at logging points, saves and
-sample grids. The data position is step x batch size, so a restored step decides
-which batch comes next.
+`open_run` finds all that can be wrong before anything of an earlier start is
+touched; `restore` takes the newest state that can be read. Nothing in the loop
+waits for the device except at logging points, saves and sample grids. The data
+position is step x batch size, so a restored step decides which batch comes
+next.
 """
 
 from collections.abc import Callable, Iterator
 import contextlib
+import dataclasses
+import json
 import os
 
 from absl import logging
+from etils import epath
 import jax
 from ml_collections import config_dict
 
-from diffit_jax import environment
+from diffit_jax import claim, environment
+from diffit_jax.autoencoder.codec import make_codec
+from diffit_jax.data import pipeline
 from diffit_jax.errors import UserError
-from diffit_jax.parallel import mesh as mesh_lib
-from diffit_jax.parallel import runtime
+from diffit_jax.interop import files
+from diffit_jax.parallel import runtime, sharding
 from diffit_jax.progress import Progress
-from diffit_jax.run import state
+from diffit_jax.run import state, storage, workdir
+from diffit_jax.run.checkpoint import Checkpoints, list_steps
+from diffit_jax.run.snapshots import Snapshots
 from diffit_jax.stop import Stopped, StopRequest
-from diffit_jax.training import metrics, report, source, start, timing
+from diffit_jax.training import (
+  attention_probe,
+  metrics,
+  program,
+  report,
+  source,
+  timing,
+)
 from diffit_jax.training.actions import Actions, Evaluator, Now, Sampler
+from diffit_jax.training.watchdog import Watchdog
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a start of a run works with.
+
+  Attributes:
+    config: the resolved config.
+    directory: the workdir, which this process holds.
+    program: model, mesh and train step.
+    dataset: the open data set.
+    codec: autoencoder of a latent model; None without one.
+    initial: parameters of `config.init_from` for a new run; else None.
+    checkpoints: the workdir's checkpoints.
+    snapshots: the workdir's snapshots of averages.
+    watchdog: ends the process where a step hangs.
+    check_claim: raises where another process took the workdir over.
+  """
+
+  config: config_dict.ConfigDict
+  directory: epath.Path
+  program: program.Program
+  dataset: pipeline.Dataset
+  codec: source.Codec | None
+  initial: dict | None
+  checkpoints: Checkpoints
+  snapshots: Snapshots
+  watchdog: Watchdog
+  check_claim: Callable[[], None]
+
+
+def open_run(
+  config: config_dict.ConfigDict,
+  directory: str | os.PathLike,
+  data_dir: str | None,
+  devices: list[jax.Device] | None,
+  vae: str | None,
+  stack: contextlib.ExitStack,
+) -> Run:
+  """Checks all that can be wrong, claims the workdir, and opens its folders.
+
+  Args:
+    config: the resolved config.
+    directory: the workdir; created where missing.
+    data_dir: folder of the prepared data sets; None is $TFDS_DATA_DIR.
+    devices: devices to train on; None is all there are.
+    vae: diffusers folder of the VAE; None for none.
+    stack: closes the folders and frees the workdir at the end of the run.
+  """
+  runtime.on_all_processes(lambda: storage.check_name(directory))
+  runtime.check_same("config", config.to_json_best_effort())
+  built = program.build(config, devices)
+  runtime.on_all_processes(lambda: attention_probe.probe_config(config))
+  directory = workdir.path_of(directory)
+  codec, dataset = runtime.on_all_processes(
+    lambda: open_data(config, data_dir, vae)
+  )
+  identity = source.identity(dataset)
+  runtime.check_same("data set", json.dumps(identity, sort_keys=True))
+  runtime.check_shared(directory)
+  runtime.on_process_0(lambda: workdir.check(directory, config, identity))
+  initial = None
+  is_new = runtime.on_process_0(lambda: not list_steps(directory))
+  if config.get("init_from") and is_new:
+    read = lambda: files.read_initial(config.init_from, config)
+    initial = runtime.on_all_processes(read)
+  held = claim.exclusive(
+    directory / ".training.claim", "--workdir", directory, runtime.on_process_0
+  )
+  check_claim = stack.enter_context(held).check
+  runtime.on_process_0(lambda: workdir.enter(directory, config, identity))
+  checkpoints = Checkpoints(
+    directory,
+    max_to_keep=config.keep_checkpoints,
+    keep_period=config.keep_every_steps,
+    best_by=config.keep_best_by,
+  )
+  watchdog = Watchdog(config.watchdog_seconds)
+  stack.callback(_close, watchdog, checkpoints)
+  snapshots = Snapshots(directory, config)
+  stack.callback(_close, watchdog, snapshots)
+  return Run(
+    config,
+    directory,
+    built,
+    dataset,
+    codec,
+    initial,
+    checkpoints,
+    snapshots,
+    watchdog,
+    check_claim,
+  )
+
+
+def open_data(config, data_dir, vae):
+  """(autoencoder or None, data set): what each process reads for itself."""
+  codec = make_codec(config, vae)
+  return codec, source.open_training_set(config, data_dir, codec)
+
+
+def _close(watchdog: Watchdog, folder: Checkpoints | Snapshots) -> None:
+  with watchdog:  # it may wait for a save
+    folder.close()
+
+
+def restore(run: Run) -> state.TrainState:
+  """The newest state that can be read, or the first one of a new run."""
+  built = run.program
+  with run.watchdog:
+    found = run.checkpoints.restore(built.abstract)
+    if found is None:
+      found = state.create(built.init, built.mesh)
+      if run.initial is not None:
+        found = state.replace_params(found, run.initial)
+  step = int(found.step)
+  logging.info(
+    "%s at step %d of %d, %d parameters, %d devices, in %s",
+    "resuming" if step else "starting",
+    step,
+    run.config.total_steps,
+    sum(leaf.size for leaf in jax.tree.leaves(found.params)),
+    built.mesh.size,
+    run.directory,
+  )
+  return found
 
 
 def train(
@@ -67,7 +210,7 @@ def train(
     StopRequest(runtime.preemption_notice()) as stop,
     contextlib.ExitStack() as stack,
   ):
-    run = start.open_run(config, directory, data_dir, devices, vae, stack)
+    run = open_run(config, directory, data_dir, devices, vae, stack)
     try:
       hook_arguments = run.program.model, config, run.program.mesh, run.codec
       sampler = evaluator = None
@@ -92,7 +235,7 @@ def train(
 def _train(run, actions, writer, clock, trace, make_batches, stop) -> None:
   """Restores, and steps until the end or a stop request; see `train`."""
   config, built, total = run.config, run.program, run.config.total_steps
-  first = start.restore(run)
+  first = restore(run)
   now = Now(int(first.step), first, state.new_monitor(built.mesh))
   first_step, missing = now.step, actions.missing(now.step)
   if now.step >= total and not missing:
@@ -110,7 +253,7 @@ def _train(run, actions, writer, clock, trace, make_batches, stop) -> None:
       Progress(total, "training", "steps", now.step, quiet=quiet)
     )
     stack.enter_context(run.watchdog)
-    ahead = mesh_lib.put_ahead(built.mesh, batches)
+    ahead = sharding.put_ahead(built.mesh, batches)
     for action in missing:
       action.do(now)
     while now.step < total and not stop.requested:

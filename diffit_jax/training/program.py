@@ -142,7 +142,7 @@ def step_arguments(config: config_dict.ConfigDict, program: Program) -> tuple:
   They are all that training's own arguments are to the tracer, so that what was
   compiled for them is what training finds in the compilation cache.
   """
-  whole = mesh_lib.batch_sharding(program.mesh)
+  whole = sharding.batch_sharding(program.mesh)
   batch = {
     name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
     for name, leaf in batch_shapes(config).items()

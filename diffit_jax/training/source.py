@@ -18,7 +18,7 @@ from diffit_jax.data import builders, pipeline
 from diffit_jax.data import dataset as dataset_lib
 from diffit_jax.diffusion import kinds
 from diffit_jax.errors import UserError
-from diffit_jax.parallel import mesh as mesh_lib
+from diffit_jax.parallel import sharding
 
 Codec = Autoencoder | PatchCode
 Encoder = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
@@ -129,7 +129,7 @@ def make_encoder(
   """
   if not is_encoding(config):
     return lambda batch: batch
-  whole, split = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
+  whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
   params = jax.device_put(codec.params, whole)
 
   def encode(params, images):

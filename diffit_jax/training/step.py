@@ -9,8 +9,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import optax
 
 from diffit_jax.environment import PRNG
-from diffit_jax.parallel.mesh import AXES, batch_sharding, replicated
-from diffit_jax.parallel.sharding import tree_sharding
+from diffit_jax.parallel.sharding import (
+  AXES,
+  batch_sharding,
+  replicated,
+  tree_sharding,
+)
 from diffit_jax.run import ema as ema_lib
 from diffit_jax.run.state import Monitor, TrainState
 

@@ -73,7 +73,7 @@ def loss_and_gradient(config, num_devices):
       step.split_batch(batch, config.num_microbatches, program.mesh),
     )
 
-  batch = mesh_lib.put_batch(program.mesh, random_batch(config))
+  batch = sharding.put_batch(program.mesh, random_batch(config))
   return jax.device_get(run(random_params(program), batch))
 
 
@@ -123,7 +123,7 @@ def test_loss_and_gradient_are_those_of_one_device(
 
 def test_every_row_is_in_one_part_and_stays_on_its_device():
   mesh = mesh_lib.make_mesh(2, 4)
-  batch = mesh_lib.put_batch(mesh, {"index": np.arange(32)})
+  batch = sharding.put_batch(mesh, {"index": np.arange(32)})
   parts = jax.jit(lambda x: step.split_batch(x, 2, mesh))(batch)["index"]
   assert parts.shape == (2, 16)
   assert sorted(np.ravel(parts)) == list(range(32))

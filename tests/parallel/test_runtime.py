@@ -141,7 +141,7 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from diffit_jax import cli
 from diffit_jax.errors import UserError
-from diffit_jax.parallel import mesh, runtime
+from diffit_jax.parallel import mesh, runtime, sharding
 
 coordinator, process, shared, own = sys.argv[1:]
 sys.argv = sys.argv[:1]
@@ -160,7 +160,7 @@ def main():
 
   cluster = runtime.Cluster("manual", coordinator, 2, int(process))
   with runtime.distributed(cluster, timeout=120):
-    split = mesh.batch_sharding(mesh.make_mesh())
+    split = sharding.batch_sharding(mesh.make_mesh())
     runtime.check_shared(shared)
     print(json.dumps([
       runtime.on_all_processes(lambda: process),
@@ -168,7 +168,7 @@ def main():
       refusal(lambda: runtime.on_all_processes(lambda: fail([1], "no disk"))),
       refusal(lambda: runtime.on_all_processes(lambda: fail([0, 1], "both"))),
       refusal(lambda: runtime.on_process_0(lambda: fail([0], "first"))),
-      float(jax.jit(jnp.sum)(mesh.place(np.arange(8.0), split))),
+      float(jax.jit(jnp.sum)(sharding.place(np.arange(8.0), split))),
     ]))
     runtime._SHARED_FOLDER_TIMEOUT = 0.5
     runtime.check_shared(own)

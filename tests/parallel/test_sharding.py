@@ -28,7 +28,7 @@ from diffit_jax.training import program as program_lib
 )
 def test_mesh_sizes(data, fsdp, expected):
   mesh = mesh_lib.make_mesh(data, fsdp)
-  assert mesh.devices.shape == expected and mesh.axis_names == mesh_lib.AXES
+  assert mesh.devices.shape == expected and mesh.axis_names == sharding.AXES
 
 
 def test_hosts_of_gpus_are_no_slices():

@@ -12,7 +12,7 @@ from configs.experiments import EXPERIMENTS, SWEEPS
 from diffit_jax.errors import UserError
 from diffit_jax.generation import generator
 from diffit_jax.generation.options import SamplerOptions
-from diffit_jax.parallel import mesh
+from diffit_jax.parallel import sharding
 from diffit_jax.planning import listing
 from diffit_jax.run import state as state_lib
 from diffit_jax.training import program as program_lib
@@ -141,7 +141,7 @@ def test_a_dry_run_compiles_what_training_runs(num_devices):
   real = lower(
     made_up_state(program),
     state_lib.new_monitor(program.mesh),
-    mesh.put_batch(program.mesh, made_up_batch(config)),
+    sharding.put_batch(program.mesh, made_up_batch(config)),
   )
   assert real == abstract
 
@@ -161,7 +161,7 @@ def test_the_shrunk_form_takes_a_step_and_plans(name):
   config = GRAPHS[name]
   program = program_lib.build(config, jax.devices()[:1])
   before = made_up_state(program)
-  batch = mesh.put_batch(program.mesh, made_up_batch(config))
+  batch = sharding.put_batch(program.mesh, made_up_batch(config))
   old = jax.tree.map(np.array, before.params)  # which is donated
   monitor = state_lib.new_monitor(program.mesh)
   state = before

@@ -20,6 +20,7 @@ from diffit_jax.interop import official
 from diffit_jax.models import latent
 from diffit_jax.models.latent import LatentDiffiT
 from diffit_jax.parallel import mesh as mesh_lib
+from diffit_jax.parallel import sharding
 from diffit_jax.run import state as state_lib
 from diffit_jax.training import step as step_lib
 from diffit_jax.training.optimizer import make_optimizer
@@ -116,7 +117,7 @@ def train(model, params):
     batch = make_batch(s)
     of_step = parts(state.params, batch)
     state, monitor = step(
-      state, state_lib.new_monitor(mesh), mesh_lib.put_batch(mesh, batch)
+      state, state_lib.new_monitor(mesh), sharding.put_batch(mesh, batch)
     )
     history.append([monitor.loss, of_step["mse"], of_step["vb"]])
   return np.array(jax.device_get(history)), state

@@ -16,7 +16,7 @@ from diffit_jax import claim
 from diffit_jax.data import pipeline
 from diffit_jax.errors import UserError
 from diffit_jax.generation.generator import make_grid_sampler
-from diffit_jax.parallel import mesh as mesh_lib
+from diffit_jax.parallel import sharding
 from diffit_jax.run import checkpoint, state
 from diffit_jax.stop import Stopped
 from diffit_jax.training import actions, loop, source
@@ -304,7 +304,7 @@ def steps_on(devices, config, data_dir, count=4):
   with pipeline.Pipeline(dataset, **options) as batches:
     for _ in range(count):
       monitor = state.new_monitor(program.mesh)
-      batch = mesh_lib.put_batch(program.mesh, next(batches))
+      batch = sharding.put_batch(program.mesh, next(batches))
       now, monitor = program.train_step(now, monitor, batch)
       losses.append(float(monitor.loss))
   return losses, jax.device_get(now)

@@ -2,13 +2,11 @@
 
 import dataclasses
 import hashlib
-import pathlib
 
 import numpy as np
 
 from diffit_jax import npz
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.sets import sampled
 from diffit_jax.evaluation.sets.image_set import ImageSet, as_rgb
 
 _SHOWN_RANGE = 256  # images whose range an error tells if they are not uint8
@@ -16,20 +14,15 @@ _SHOWN_RANGE = 256  # images whose range an error tells if they are not uint8
 
 def of_npz(
   members: dict[str, npz.Member],
-  path: pathlib.Path,
   source: str,
   sha256: str | None = None,
-  data_dir: str | None = None,
 ) -> ImageSet:
   """The images of an .npz file that is open.
 
   Args:
     members: {name: member}.
-    path: the file.
     source: the file as the user gave it.
     sha256: the hash of the file; None if it is not known yet.
-    data_dir: folder of the prepared data sets, one of which may know the names
-      of the classes.
 
   Raises:
     UserError: no images among the members, or damage.
@@ -40,11 +33,9 @@ def of_npz(
   pixels = members["arr_0"].map()
   _check_pixels(pixels, what)
   labels = read_labels(members, len(pixels), source)
-  return dataclasses.replace(
-    _of_pixels(pixels, source, "npz", sha256 or npz.hash_npz(members)),
-    get_labels=lambda: labels,
-    **sampled.fields(path.parent, data_dir),
-  )
+  sha256 = sha256 or npz.hash_npz(members)
+  images = _of_pixels(pixels, source, "npz", sha256)
+  return dataclasses.replace(images, get_labels=lambda: labels)
 
 
 def of_array(pixels: np.ndarray) -> ImageSet:

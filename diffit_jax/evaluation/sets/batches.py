@@ -13,7 +13,7 @@ import numpy as np
 
 from diffit_jax.evaluation.sets.guard import Guard
 from diffit_jax.evaluation.sets.image_set import ImageSet, as_rgb
-from diffit_jax.parallel.mesh import batch_sharding, place
+from diffit_jax.parallel.sharding import batch_sharding, place
 
 
 class Batches(Protocol):

@@ -68,7 +68,8 @@ def open_images(
     return _of_dataset(name, data_dir, split, name)
   if npz.is_npz(path):
     members = npz.open_npz(path)
-    return arrays.of_npz(members, path, str(where), data_dir=data_dir)
+    images = arrays.of_npz(members, str(where))
+    return sampled.complete(images, path.parent, data_dir)
   return image_files.of_files(image_files.open_source(path), "zip", str(where))
 
 
@@ -95,11 +96,10 @@ def _of_folder(
   source = dataclasses.replace(
     source, sizes={name: source.sizes[name] for name in names}
   )
-  return dataclasses.replace(
-    image_files.of_files(source, "folder", given),
-    get_labels=lambda: _labels_of_run(run, len(names)),
-    **sampled.fields(run, data_dir),
-  )
+  images = image_files.of_files(source, "folder", given)
+  get_labels = lambda: _labels_of_run(run, len(names))
+  images = dataclasses.replace(images, get_labels=get_labels)
+  return sampled.complete(images, run, data_dir)
 
 
 def _of_dataset(name: str, data_dir: str, split: str, given: str) -> ImageSet:

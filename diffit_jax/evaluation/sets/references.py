@@ -24,7 +24,7 @@ import numpy as np
 
 from diffit_jax import npz
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.sets import arrays, opening, reference_file
+from diffit_jax.evaluation.sets import arrays, opening, reference_file, sampled
 from diffit_jax.evaluation.sets.image_set import ImageSet
 from diffit_jax.evaluation.sets.reference_file import StoredMoments
 
@@ -167,7 +167,8 @@ def _of_statistics(
   if "arr_0" not in members:
     missing["rows"] = f"{source} holds no images (arr_0)"
   else:
-    images = arrays.of_npz(members, path, source, sha256, data_dir)
+    images = arrays.of_npz(members, source, sha256)
+    images = sampled.complete(images, path.parent, data_dir)
   is_edm = spatial is None and images is None
   kind = "edm" if is_edm else "adm"
   entry = {"source": source, "kind": kind, "sha256": sha256}

@@ -1,5 +1,6 @@
 """What `sample` wrote beside its images: its settings, in sampling.json."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -7,21 +8,32 @@ from typing import Any
 from absl import logging
 
 from diffit_jax.data import dataset as dataset_lib
+from diffit_jax.evaluation.sets.image_set import ImageSet
 
 SAMPLING_FILE = "sampling.json"
 
 
-def fields(folder: pathlib.Path, data_dir: str | None) -> dict[str, Any]:
-  """Fields of `ImageSet` that `sample` wrote down beside the images."""
+def complete(
+  images: ImageSet, folder: pathlib.Path, data_dir: str | None
+) -> ImageSet:
+  """Adds what `sample` wrote down beside its images.
+
+  Args:
+    images: the set.
+    folder: where sampling.json may be.
+    data_dir: folder of the prepared data sets, one of which may know the names
+      of the classes.
+  """
   sampling = _read_sampling(folder)
   about = sampling.get("about")
   about = about if isinstance(about, dict) else {}
   data, num = about.get("data"), about.get("num_classes") or None
-  return {
-    "sampling": sampling,
-    "num_classes": num,
-    "get_class_names": lambda: names_of_training(data, num, data_dir),
-  }
+  return dataclasses.replace(
+    images,
+    sampling=sampling,
+    num_classes=num,
+    get_class_names=lambda: names_of_training(data, num, data_dir),
+  )
 
 
 def names_of_training(
