@@ -15,8 +15,8 @@ PACKAGE = ROOT / "diffit_jax"
 # Anyone may use these.
 LEAVES = {
   *("__version__", "claim", "config_files", "environment", "errors"),
-  *("interrupt", "npz", "paths", "pictures", "progress", "ranges", "stop"),
-  "whole",
+  *("interrupt", "npz", "paths", "pictures", "progress", "ranges"),
+  *("settings", "stop", "whole"),
 }
 # A table of facts, which imports nothing of the package but errors: anyone may
 # read it, wherever it lies.

@@ -24,6 +24,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import download_manager
 
+from diffit_jax import settings as settings_lib
 from diffit_jax.data import classes, records, transforms
 from diffit_jax.data import dataset as dataset_lib
 from diffit_jax.errors import UserError
@@ -182,10 +183,12 @@ def check_same(existing: pathlib.Path, settings: dict[str, Any]) -> None:
       f"{existing} is there and was not made by this program; give another"
       " --name, or --overwrite to replace it"
     )
-  differences = compare(metadata.get("settings", {}), settings)
+  differences = settings_lib.differences(
+    metadata.get("settings", {}), settings
+  )
   if differences:
     raise UserError(
-      f"{existing} was made with other settings ({differences});"
+      f"{existing} was made with other settings ({'; '.join(differences)});"
       " give another --name, or --overwrite to replace it"
     )
   if lost := dataset_lib.find_damage(existing):
@@ -203,15 +206,6 @@ def _check_encoding(existing: pathlib.Path, encoding: str | None) -> None:
       f"{existing} holds the same images with --encoding={former}; give another"
       f" --name, or --overwrite to store them with --encoding={encoding}"
     )
-
-
-def compare(former: dict[str, Any], settings: dict[str, Any]) -> str:
-  """How settings differ from former ones, in words; empty if they do not."""
-  return "; ".join(
-    f"{key} was {former.get(key)!r}, now {settings.get(key)!r}"
-    for key in sorted(former.keys() | settings.keys())
-    if former.get(key) != settings.get(key)
-  )
 
 
 def _describe(

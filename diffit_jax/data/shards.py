@@ -32,6 +32,7 @@ from tensorflow_datasets.core.utils.lazy_imports_utils import (
   array_record_module,
 )
 
+from diffit_jax import settings
 from diffit_jax.data import classes, preparation
 from diffit_jax.data import dataset as dataset_lib
 from diffit_jax.errors import UserError
@@ -129,18 +130,18 @@ class ShardedSet:
       return
     former = _read_json(file)
     if former is None:
-      differences, origins = f"{file.name} is damaged", ""
+      different, origins = [f"{file.name} is damaged"], []
     else:
-      differences = preparation.compare(former["settings"], self._settings)
-      origins = preparation.compare(former["origin"], self._origin)
-    if not differences:
+      different = settings.differences(former["settings"], self._settings)
+      origins = settings.differences(former["origin"], self._origin)
+    if not different:
       return
     if overwrite:
       shutil.rmtree(self._staging)
       return
     raise UserError(
       f"{self._staging} was begun with other settings"
-      f" ({'; '.join(filter(None, [differences, origins]))}): refusing to mix"
+      f" ({'; '.join([*different, *origins])}): refusing to mix"
       " them in one data set; go on with the former ones, give another --name,"
       " or --overwrite to drop what is there"
     )

@@ -31,6 +31,7 @@ from diffit_jax.generation.output import (
 from diffit_jax.generation.weights import Weights
 from diffit_jax.parallel.mesh import check_batch
 from diffit_jax.progress import Progress
+from diffit_jax.settings import differences
 from diffit_jax.stop import Stopped, StopRequest
 
 
@@ -221,7 +222,7 @@ def _begin(output: Output, settings: dict) -> None:
     raise _cannot_write(folder, error) from error
 
 
-def _check_settings(output: Output, old: dict | None, settings: dict) -> None:
+def _check_settings(output: Output, old: dict | None, new: dict) -> None:
   """Refuses samples that were made otherwise, or nobody knows how."""
   if old is None:
     if strays := output.strays():
@@ -232,12 +233,12 @@ def _check_settings(output: Output, old: dict | None, settings: dict) -> None:
         " delete it"
       )
     return
-  keys = settings.keys() - {"about"}
-  different = sorted(key for key in keys if old.get(key) != settings[key])
+  decisive = lambda said: {k: said.get(k) for k in new if k != "about"}
+  different = differences(decisive(old), decisive(new))
   if different:
     raise UserError(
       f"{output.folder} holds samples of other settings"
-      f" ({', '.join(different)} differ): use another --out or delete it"
+      f" ({'; '.join(different)}): use another --out or delete it"
     )
 
 

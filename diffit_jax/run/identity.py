@@ -1,9 +1,11 @@
 """What makes two starts one run: the fields of a config that decide it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import json
 
 from ml_collections import config_dict
+
+from diffit_jax import settings
 
 # What decides a run's numbers. Mesh, logging, intervals, sampler and total
 # steps may change from one start to the next.
@@ -60,13 +62,4 @@ def differences(old: Mapping, new: Mapping) -> list[str]:
       fixed_old[section].setdefault(field, value)
   if new.get(DATA):
     fixed_old[DATA], fixed_new[DATA] = old.get(DATA), new[DATA]
-  return [*_differences(fixed_old, fixed_new, "")]
-
-
-def _differences(old, new, path: str) -> Iterator[str]:
-  if isinstance(old, dict) and isinstance(new, dict):
-    for key in sorted(old.keys() | new.keys()):
-      inner = f"{path}.{key}" if path else key
-      yield from _differences(old.get(key), new.get(key), inner)
-  elif old != new:
-    yield f"{path} is {old!r} there and {new!r} here"
+  return settings.differences(fixed_old, fixed_new)

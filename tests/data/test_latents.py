@@ -337,32 +337,31 @@ def test_a_begun_set_refuses_other_vaes_crops_types_and_sources(
 ):
   _prepare(folder, tmp_path, encoder, part=1, num_parts=2)
   other = autoencoder.load_autoencoder(folder / "other_vae")
-  both = f"vae_hash was '{encoder.hash}', now '{other.hash}'.*vae was .*/vae'"
+  both = f"vae_hash is '{encoder.hash}' there and '{other.hash}'"
+  both += ".*vae is .*/vae' there and .*/other_vae'.*to mix"
   other = _encoder(other)
-  with pytest.raises(UserError, match=f"{both}, now .*/other_vae'.*to mix"):
+  with pytest.raises(UserError, match=both):
     _prepare(folder, tmp_path, other)
-  with pytest.raises(
-    UserError, match="latent_dtype was 'float16', now 'float3"
-  ):
+  with pytest.raises(UserError, match="latent_dtype is 'float16' there and"):
     _prepare(folder, tmp_path, encoder, latent_dtype="float32")
-  with pytest.raises(UserError, match="resolution was 16, now 20"):
+  with pytest.raises(UserError, match="resolution is 16 there and 20"):
     _prepare(folder, tmp_path, encoder, resolution=20)
-  with pytest.raises(UserError, match="num_shards was 4, now 5"):
+  with pytest.raises(UserError, match="num_shards is 4 there and 5"):
     _prepare(folder, tmp_path, encoder, num_shards=5)
-  with pytest.raises(UserError, match="scaling_factor was 0.18215, now 1.0"):
+  with pytest.raises(UserError, match="scaling_factor is 0.18215 there and 1"):
     _prepare(folder, tmp_path, dataclasses.replace(encoder, scaling_factor=1.0))
   source = write_images(
     tmp_path / "images", [f"a/{i}.png" for i in range(4)], size=(16, 16)
   )
   with pytest.raises(
-    UserError, match="source_listing was .*source was .*/imag"
+    UserError, match="source_listing is .*source is .*/imag"
   ):
     _prepare(folder, tmp_path, encoder, source=source)
   # Other settings after all: what was there is dropped, and only then.
   outcome = _prepare(folder, tmp_path, other, overwrite=True)
   metadata = dataset_lib.read_metadata(outcome)
   assert metadata["vae_hash"] == other.hash
-  with pytest.raises(UserError, match="made with other settings .vae_hash was"):
+  with pytest.raises(UserError, match="made with other settings .vae_hash is"):
     _prepare(folder, tmp_path, encoder)
 
 

@@ -173,7 +173,7 @@ def test_a_set_that_is_there_stays_unless_the_settings_differ(
   before = (directory / "prepared.json").stat().st_ino
   assert _prepare(recipe(), tmp_path) == directory
   assert (directory / "prepared.json").stat().st_ino == before
-  with pytest.raises(UserError, match="crop was 'center-crop', now 'adm'"):
+  with pytest.raises(UserError, match="crop is 'center-crop' there and 'adm'"):
     _prepare(recipe(crop="adm"), tmp_path)
   records = next(directory.glob("*.array_record*"))
   content = records.read_bytes()
@@ -182,7 +182,7 @@ def test_a_set_that_is_there_stays_unless_the_settings_differ(
     _prepare(recipe(), tmp_path)
   records.write_bytes(content)
   write_images(source, ["c.png"])
-  with pytest.raises(UserError, match="source_listing was .* --overwrite"):
+  with pytest.raises(UserError, match="source_listing is .* --overwrite"):
     _prepare(recipe(), tmp_path)
   assert (directory / "prepared.json").stat().st_ino == before
   _prepare(recipe(), tmp_path, overwrite=True)

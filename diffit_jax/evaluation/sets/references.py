@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from diffit_jax import npz
+from diffit_jax import npz, settings
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.sets import arrays, opening, reference_file, sampled
 from diffit_jax.evaluation.sets.image_set import ImageSet
@@ -139,15 +139,12 @@ def check_extractor(reference: Reference, extractor: Mapping[str, Any]) -> None:
       its weights, "resize".
   """
   former = reference.card_entry.get("extractor", extractor)
-  differences = [
-    f"{key} {former.get(key)!r} there, {extractor.get(key)!r} here"
-    for key in ("name", "sha256", "resize")
-    if former.get(key) != extractor.get(key)
-  ]
-  if differences:
+  decisive = lambda said: {k: said.get(k) for k in ("name", "sha256", "resize")}
+  different = settings.differences(decisive(former), decisive(extractor))
+  if different:
     raise UserError(
       f"the statistics {reference.source} were made with another extractor"
-      f" ({'; '.join(differences)}): make them again with this one, or give the"
+      f" ({'; '.join(different)}): make them again with this one, or give the"
       " former one"
     )
 

@@ -233,9 +233,9 @@ def test_another_extractor(tmp_path):
   extractor = ABOUT["extractor"]
   found = references.read_reference(_write(tmp_path / "x.npz"))
   references.check_extractor(found, extractor | {"dtype": "float32"})
-  with pytest.raises(UserError, match="resize 'tf1' there, 'pytorch_fid' here"):
+  with pytest.raises(UserError, match="resize is 'tf1' there and 'pyt"):
     references.check_extractor(found, extractor | {"resize": "pytorch_fid"})
-  with pytest.raises(UserError, match="x.npz .*sha256 '0a1b' there, 'ff' here"):
+  with pytest.raises(UserError, match="x.npz.*sha256 is '0a1b' there and 'ff'"):
     references.check_extractor(found, extractor | {"sha256": "ff"})
   where = _save(tmp_path / "adm.npz", **ADM)
   references.check_extractor(references.read_reference(where), {"sha256": "ff"})
