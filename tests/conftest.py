@@ -26,6 +26,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
+# Programs in the compiler's own form carry the Python stack of every operation,
+# up to 100 frames, of which most are pytest's.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+
 # What a shell starts in the background ignores SIGINT, and so would programs
 # that tests start and then stop by it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
