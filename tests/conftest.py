@@ -30,6 +30,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # up to 100 frames, of which most are pytest's.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
+# The packages are installed without bytecode (see Makefile): every program that
+# a test starts would compile again the thousand modules that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # What a shell starts in the background ignores SIGINT, and so would programs
 # that tests start and then stop by it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
