@@ -34,7 +34,7 @@ from diffit_jax.generation.labels import choose_labels
 from diffit_jax.generation.options import SamplerOptions
 from diffit_jax.models import attention, kernels, latent
 from diffit_jax.parallel.mesh import make_mesh
-from diffit_jax.sampling.loop import Denoiser, Solver
+from diffit_jax.sampling.scan import Denoiser, Solver
 
 
 @dataclasses.dataclass(frozen=True)

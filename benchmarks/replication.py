@@ -205,7 +205,7 @@ def score(
   import jax
 
   from diffit_jax import demo
-  from diffit_jax.evaluation import job
+  from diffit_jax.evaluation import scoring
   from diffit_jax.evaluation.sets import opening
   from diffit_jax.evaluation.sets.samples import ImageSamples
   from diffit_jax.generation import weights
@@ -222,7 +222,7 @@ def score(
     generator(variant, settings)(loaded.params, 0, index, labels)
   )
   recognised, recognised_real = demo.score(made, labels)
-  card = job.evaluate(
+  card = scoring.evaluate(
     measure(data_dir), ImageSamples(opening.open_images(made)), num=len(made)
   )
   return {

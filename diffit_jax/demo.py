@@ -188,7 +188,7 @@ def frechet_distances(folder: pathlib.Path, mesh) -> tuple[float, float]:
   """
   from sklearn import datasets
 
-  from diffit_jax.evaluation import card, job
+  from diffit_jax.evaluation import card, scoring
   from diffit_jax.evaluation.collector import Collector
   from diffit_jax.evaluation.features import spaces
   from diffit_jax.evaluation.measure import make_measure
@@ -205,7 +205,7 @@ def frechet_distances(folder: pathlib.Path, mesh) -> tuple[float, float]:
     compared = make_measure(
       collector, read_reference(reference), samples.shape, wanted=[_DISTANCE]
     )
-    return job.evaluate(compared, samples, num=_NUM)
+    return scoring.evaluate(compared, samples, num=_NUM)
 
   ours, theirs = measure(folder, real), measure(real[:_NUM], real[_NUM:])
   card.write(folder / "card.json", ours)

@@ -220,7 +220,7 @@ def _make_folder(folder: pathlib.Path) -> None:
 
 def _make_cards(collector, found, name, values, out: pathlib.Path) -> None:
   """The card at `out`, or in it one for each value of the swept field."""
-  from diffit_jax.evaluation import card, job, sweep
+  from diffit_jax.evaluation import card, scoring, sweep
   from diffit_jax.evaluation import measure as measure_lib
   from diffit_jax.evaluation.collector import remove_partial
   from diffit_jax.parallel import runtime
@@ -232,7 +232,8 @@ def _make_cards(collector, found, name, values, out: pathlib.Path) -> None:
   for value in values:
     samples = make(value)
     num = _num(samples.available)
-    job.check_num(samples, num, _REPEATS.value)  # before the reference is read
+    # Before the reference is read.
+    scoring.check_num(samples, num, _REPEATS.value)
     if measure is None:
       measure = measure_lib.make_measure(
         collector,
@@ -242,7 +243,7 @@ def _make_cards(collector, found, name, values, out: pathlib.Path) -> None:
         per_class=_PER_CLASS.value,
         partial=partial,
       )
-    cards[value] = job.evaluate_to_file(
+    cards[value] = scoring.evaluate_to_file(
       measure,
       samples,
       sweep.card_path(out, name, value),

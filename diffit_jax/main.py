@@ -64,9 +64,9 @@ def main() -> int:
 
   SamplerOptions.from_config(config)  # a mistake in it would show late
   if _DRY_RUN.value:
-    from diffit_jax.training import report
+    from diffit_jax.training import summary
 
-    print(report.dry_run(config))
+    print(summary.dry_run(config))
     return 0
   workdir = _WORKDIR.value or f"runs/{config.name}"
   from diffit_jax.parallel import runtime

@@ -39,13 +39,13 @@ def main() -> int:
       " their own that a batch could fill; give a TPU slice"
     )
   topology_lib.prepare_environment(topology)
-  from diffit_jax.planning import planner, remedy, report, search, table
+  from diffit_jax.planning import figures, planner, remedy, search, table
 
   devices = topology_lib.devices(topology)
   plan = planner.make_plan(config, topology, devices)
   trials = remedy.find(plan, devices) if plan.fits is False else []
   policies = search.search(plan, devices) if _SEARCH.value else []
-  card = report.to_json(plan)
+  card = figures.to_json(plan)
   if _JSON.value:
     if trials:
       card["remedy"] = remedy.to_json(trials)

@@ -57,8 +57,8 @@ ROOMS = {
   "sweep": {"card", "compare"},
   "collector": {"sets", "features", "metrics"},
   "measure": {"card", "collector", "sets", "metrics"},
-  "job": {"card", "collector", "measure", "sets", "metrics"},
-  "in_loop": {"card", "collector", "measure", "job", "sets", "features"},
+  "scoring": {"card", "collector", "measure", "sets", "metrics"},
+  "in_loop": {"card", "collector", "measure", "scoring", "sets", "features"},
 }
 
 
@@ -189,11 +189,11 @@ def test_commands_that_import_tensorflow_would_end():
 
 def test_training_sampling_and_export_never_import_tensorflow(tmp_path):
   code = (
-    "import diffit_jax.training.loop, diffit_jax.training.metrics as metrics;"
-    f" writer = metrics.Writer('{tmp_path}'); writer.scalars(1, dict(a=1.0));"
+    "import diffit_jax.training.loop, diffit_jax.training.log as log;"
+    f" writer = log.Writer('{tmp_path}'); writer.scalars(1, dict(a=1.0));"
     " import diffit_jax.generation.job, diffit_jax.generation.weights,"
     " diffit_jax.interop.files, diffit_jax.run.checkpoint,"
-    " diffit_jax.autoencoder.codec, diffit_jax.evaluation.job,"
+    " diffit_jax.autoencoder.codec, diffit_jax.evaluation.scoring,"
     " diffit_jax.evaluation.measure, diffit_jax.evaluation.sets.samples"
   )
   assert "tensorflow" not in loaded(code)

@@ -5,7 +5,7 @@
   metrics   from numbers to scores: one table
 
 These know nothing of each other. The modules beside them join the three:
-`measure` and `job` make a card, `in_loop` does so while a run trains.
+`measure` and `scoring` make a card, `in_loop` does so while a run trains.
 """
 
 __all__ = ["load_inception"]

@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from diffit_jax.evaluation import card, job
+from diffit_jax.evaluation import card, scoring
 from diffit_jax.evaluation import measure as measure_lib
 from diffit_jax.evaluation.collector import Collector
 from diffit_jax.evaluation.features import spaces
@@ -144,7 +144,7 @@ class RunScorer:
         partial=self.folder / "reference",
       )
     samples, path = self._make_samples(loaded), self._card_path(loaded.step)
-    return job.evaluate_to_file(self._measure, samples, path, num=self._num)
+    return scoring.evaluate_to_file(self._measure, samples, path, num=self._num)
 
   def _card_path(self, step: int) -> pathlib.Path:
     return self.folder / f"step_{step:08d}.json"

@@ -7,7 +7,7 @@ def to_table(card: dict) -> str:
   """The plan for people.
 
   Args:
-    card: from `report.to_json`.
+    card: from `figures.to_json`.
   """
   lines = [
     f"{card['config']} on {card['topology']}, compiled ahead of time;"

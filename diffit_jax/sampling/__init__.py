@@ -13,7 +13,7 @@ from diffit_jax.errors import UserError
 if TYPE_CHECKING:
   import jax
 
-  from diffit_jax.sampling.loop import Denoiser, Skip, Solver
+  from diffit_jax.sampling.scan import Denoiser, Skip, Solver
 
 # {solver: the process that it samples}: EDM's falling noise levels, or ADM's
 # discrete steps. Each solver is a module here with a function `make_solver`.
@@ -78,9 +78,9 @@ def sample(
   Returns:
     [b, h, w, c] samples in the dtype of `noise`.
   """
-  from diffit_jax.sampling import loop
+  from diffit_jax.sampling import scan
 
-  return loop.run(
+  return scan.run(
     denoiser,
     make_solver(solver, steps, **solver_options),
     noise,

@@ -19,7 +19,7 @@ import numpy as np
 
 from diffit_jax.errors import UserError
 from diffit_jax.sampling import discrete
-from diffit_jax.sampling.loop import Solver
+from diffit_jax.sampling.scan import Solver
 
 
 def make_solver(

@@ -16,7 +16,7 @@ import numpy as np
 from diffit_jax.diffusion import adm
 from diffit_jax.diffusion.spacing import SPACINGS
 from diffit_jax.errors import UserError
-from diffit_jax.sampling.loop import Solver
+from diffit_jax.sampling.scan import Solver
 
 
 def descending(steps: int, spacing: str, num_train_steps: int) -> adm.Schedule:

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax.sampling import discrete
-from diffit_jax.sampling.loop import Solver
+from diffit_jax.sampling.scan import Solver
 
 
 class Carry(NamedTuple):

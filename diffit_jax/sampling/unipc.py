@@ -42,7 +42,7 @@ import numpy as np
 
 from diffit_jax.errors import UserError
 from diffit_jax.sampling import discrete
-from diffit_jax.sampling.loop import Solver
+from diffit_jax.sampling.scan import Solver
 
 VARIANTS = {"bh1": lambda h: h, "bh2": lambda h: -np.expm1(-h)}
 

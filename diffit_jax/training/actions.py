@@ -15,7 +15,7 @@ from diffit_jax.parallel import runtime
 from diffit_jax.run import ema, state
 from diffit_jax.run.state import Monitor, TrainState
 from diffit_jax.stop import Stopped
-from diffit_jax.training import metrics, optimizer, timing
+from diffit_jax.training import log, optimizer, timing
 
 # EMA parameters -> uint8 [n, h, w, c] images of a sample grid.
 Sampler = Callable[[dict], np.ndarray]
@@ -80,7 +80,7 @@ class Actions:
   def __init__(
     self,
     run,
-    writer: metrics.Writer,
+    writer: log.Writer,
     clock: timing.StepClock,
     sampler: Sampler | None,
     evaluator: Evaluator | None,
@@ -143,7 +143,7 @@ class Actions:
     self._last_log = {name: float(value) for name, value in scalars.items()}
     self._writer.scalars(step, self._last_log)
     if runtime.is_process_0():
-      line = metrics.console_line(step, config.total_steps, self._last_log)
+      line = log.console_line(step, config.total_steps, self._last_log)
       logging.info("%s", line)
     now.monitor = state.new_monitor(self._run.program.mesh)
     self._clock.restart(step)

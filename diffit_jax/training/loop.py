@@ -31,10 +31,10 @@ from diffit_jax.run.snapshots import Snapshots
 from diffit_jax.stop import Stopped, StopRequest
 from diffit_jax.training import (
   attention_probe,
-  metrics,
+  log,
   program,
-  report,
   source,
+  summary,
   timing,
 )
 from diffit_jax.training.actions import Actions, Evaluator, Now, Sampler
@@ -176,7 +176,7 @@ def train(
   vae: str | None = None,
   profile_steps: range = range(0),
   make_evaluator: Callable[..., Evaluator] | None = None,
-  make_writer: Callable[..., metrics.Writer] = metrics.Writer,
+  make_writer: Callable[..., log.Writer] = log.Writer,
   make_batches: Callable[..., Iterator] = source.make_batches,
 ) -> None:
   """Trains, or goes on with, the run in `directory`.
@@ -241,7 +241,7 @@ def _train(run, actions, writer, clock, trace, make_batches, stop) -> None:
   if now.step >= total and not missing:
     logging.info("already done: step %d of %d", now.step, total)
     return
-  writer.text("parameters.txt", report.overview(built.abstract.params))
+  writer.text("parameters.txt", summary.overview(built.abstract.params))
   encode = source.make_encoder(config, run.codec, built.mesh)
   batches = make_batches(run.dataset, config, now.step)
   stop.begin(now.step)

@@ -12,9 +12,9 @@ from commands import last_error, succeed
 from configs import imagenet256
 from diffit_jax.planning import (
   aot,
+  figures,
   planner,
   remedy,
-  report,
   roofline,
   search,
   table,
@@ -56,7 +56,7 @@ def tpu_plan(libtpu_environment) -> planner.Plan:
 
 
 def test_a_slice_of_16_chips(tpu_plan):
-  card = report.to_json(tpu_plan)
+  card = figures.to_json(tpu_plan)
   assert card.keys() >= CARD_KEYS
   assert json.loads(json.dumps(card)) == card
   assert card["chips"] == 16 and card["mesh"] == {"data": 1, "fsdp": 16}
@@ -101,7 +101,7 @@ def test_state_is_split_16_ways(tpu_plan):
 
 def test_cpu_devices_without_libtpu(monkeypatch):
   monkeypatch.setitem(sys.modules, "libtpu", None)
-  card = report.to_json(make_plan(small_config(), "cpu:8"))
+  card = figures.to_json(make_plan(small_config(), "cpu:8"))
   assert card.keys() >= CARD_KEYS
   assert card["mesh"] == {"data": 1, "fsdp": 8}
   assert card["fits"] is None and card["step_ms"] is None
@@ -119,7 +119,7 @@ def test_what_does_not_fit_and_by_how_much():
     imagenet256.get_config(), {"model.remat": "none", "batch_size": 64}
   )
   plan = make_plan(config, "v5e:1x1")
-  card = report.to_json(plan)
+  card = figures.to_json(plan)
   assert card["fits"] is False
   # 561 M parameters in four float32 copies, and a batch.
   assert card["arguments_gib"] == pytest.approx(
@@ -141,7 +141,7 @@ def test_a_program_that_libtpu_cannot_print(monkeypatch):
   pytest.importorskip("libtpu")
   monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
   tiny = {"batch_size": 4, "model.hidden_dim": 32, "model.depth": 1}
-  card = report.to_json(make_plan(small_config(**tiny), "v5e:1x1"))
+  card = figures.to_json(make_plan(small_config(**tiny), "v5e:1x1"))
   assert card["fits"] and 0 < card["total_gib"] < 1
   assert 1 < card["flops_ratio"] < 1.1
   assert card["collectives"] is None and card["step_ms"] is None
@@ -152,7 +152,7 @@ def test_a_program_that_libtpu_cannot_print(monkeypatch):
 def test_tensorflow_is_never_imported():
   code = (
     "import sys;"
-    " from diffit_jax.planning import planner, remedy, report, search, table;"
+    " from diffit_jax.planning import planner, remedy, figures, search, table;"
     " print('tensorflow' in sys.modules)"
   )
   out = subprocess.run(

@@ -7,7 +7,7 @@ are in docs/costs.md.
 import pytest
 
 from configs import cifar10, ffhq64, imagenet256, imagenet512
-from diffit_jax.planning import aot, planner, report, topology
+from diffit_jax.planning import aot, figures, planner, topology
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("libtpu_environment")]
 pytest.importorskip("libtpu")
@@ -17,7 +17,7 @@ def plan(config, name: str, **fields) -> dict:
   wanted = topology.parse(name)
   config = planner.changed(config.get_config(), fields)
   made = planner.make_plan(config, wanted, topology.devices(wanted))
-  return report.to_json(made)
+  return figures.to_json(made)
 
 
 def assert_no_stray_collectives(card: dict) -> None:

@@ -17,7 +17,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.generation import weights
 from diffit_jax.pictures import page
 from diffit_jax.run import workdir
-from diffit_jax.training import events, metrics, timing
+from diffit_jax.training import events, log, timing
 import tensorboard_files
 
 
@@ -63,7 +63,7 @@ def test_all_of_a_run_goes_through_the_one_file_system(
   config = digits.get_config("debug")
   workdir.enter(run, config, {"name": "digits"})
   assert weights.read_config(run).batch_size == config.batch_size
-  writer = metrics.Writer(run)
+  writer = log.Writer(run)
   writer.text("parameters.txt", "many")
   writer.scalars(2, {"loss": 0.5, "evaluation/fid": 7})
   writer.flush()
@@ -133,7 +133,7 @@ def test_records_wait_for_a_flush_in_a_bucket_alone(
 
 
 def test_what_a_bucket_refuses_is_one_sentence(store, monkeypatch):
-  writer = metrics.Writer("gs://bucket/run")
+  writer = log.Writer("gs://bucket/run")
 
   def refuse(*args, **kwargs):
     raise RuntimeError("401: Invalid Credentials\n<html>")

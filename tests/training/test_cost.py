@@ -10,7 +10,7 @@ from configs import imagenet256, imagenet512
 from diffit_jax import models
 from diffit_jax.interop import files
 from diffit_jax.models import latent
-from diffit_jax.training import cost, report
+from diffit_jax.training import cost, summary
 from diffit_jax.training import program as program_lib
 
 
@@ -74,7 +74,7 @@ def test_parameter_counts_of_the_configs(config, trainable, with_positions):
 def test_the_train_step_of_561_million_parameters_compiles_in_20_s():
   """The whole step of the paper's config, as --dry_run compiles it."""
   start = time.monotonic()
-  text = report.dry_run(imagenet256.get_config())
+  text = summary.dry_run(imagenet256.get_config())
   assert "561,035,232 + 294,912 fixed positions = 561,330,144" in text
   assert time.monotonic() - start < 20
 

@@ -16,7 +16,7 @@ from diffit_jax.parallel import sharding
 from diffit_jax.planning import listing
 from diffit_jax.run import state as state_lib
 from diffit_jax.training import program as program_lib
-from diffit_jax.training import report
+from diffit_jax.training import summary
 
 NAMES = sorted({row[3] for row in EXPERIMENTS})
 # Parameters known from elsewhere, or from the network's own formula.
@@ -175,7 +175,7 @@ def test_the_shrunk_form_takes_a_step_and_plans(name):
     )
   ]
   assert any(moved)
-  plan = report.describe(config, program)  # compiled, as the cache has
+  plan = summary.describe(config, program)  # compiled, as the cache has
   assert "MACs per image" in plan and "MiB temporaries" in plan
 
 

@@ -11,7 +11,7 @@ from scipy import stats
 from diffit_jax.data import preparation
 from diffit_jax.data.builders import image_folder
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation import card, job, measure
+from diffit_jax.evaluation import card, measure, scoring
 from diffit_jax.evaluation.collector import Collector
 from diffit_jax.evaluation.features import spaces
 from diffit_jax.evaluation.sets import (
@@ -144,7 +144,7 @@ def test_each_class_is_compared_with_the_class_of_its_name(tmp_path):
   for where in (folder, "animals"):
     compared = _measure(where, str(tmp_path), per_class=True)
     samples = ImageSamples(opening.open_images(part))
-    found = job.evaluate(compared, samples, num=2 * EACH)
+    found = scoring.evaluate(compared, samples, num=2 * EACH)
     assert found["protocol"]["classes"] == "by name"
     assert set(found["per_class"]) == {"bee", "cow"}
     for name, value in found["per_class"].items():
@@ -157,14 +157,14 @@ def test_each_class_is_compared_with_the_class_of_its_name(tmp_path):
   np.savez(run / "samples.npz", pixels, np.repeat([1, 2], EACH))
   with pytest.raises(UserError, match="cannot tell which classes"):
     samples = ImageSamples(opening.open_images(run / "samples.npz"))
-    job.evaluate(compared, samples, num=2 * EACH)
+    scoring.evaluate(compared, samples, num=2 * EACH)
   for about, rule in (
     ({"num_classes": 3}, "by number"),
     ({"num_classes": 3, "data": "animals"}, "by name"),
   ):
     (run / "sampling.json").write_text(json.dumps({"about": about}))
     samples = opening.open_images(run / "samples.npz", str(tmp_path))
-    found = job.evaluate(compared, ImageSamples(samples), num=2 * EACH)
+    found = scoring.evaluate(compared, ImageSamples(samples), num=2 * EACH)
     assert found["protocol"]["classes"] == rule
     np.testing.assert_allclose(found["per_class"]["cow"], wanted["cow"], 1e-4)
 
@@ -174,7 +174,7 @@ def test_each_class_is_compared_with_the_class_of_its_name(tmp_path):
   card.write(path, found | {"per_class": {"1": 64.2}})
   samples = ImageSamples(samples)
   options = {"num": 2 * EACH, "repeats": 1}
-  found = job.evaluate_to_file(compared, samples, path, **options)
+  found = scoring.evaluate_to_file(compared, samples, path, **options)
   assert set(found["per_class"]) == {"bee", "cow"}
 
 
@@ -216,7 +216,7 @@ def test_some_of_the_images_are_a_fixed_mixture(tmp_path):
   samples = ImageSamples(opening.open_images(_write(tmp_path / "fake", fake)))
   path = tmp_path / "card.json"
   options = {"num": 8, "repeats": 2}
-  found = job.evaluate_to_file(compared, samples, path, **options)
+  found = scoring.evaluate_to_file(compared, samples, path, **options)
   order = np.random.RandomState(1).permutation(18)
   for chosen, each in zip((order[:8], order[8:16]), found["repeats"]):
     value = _frechet(all_real, all_fake[chosen])
@@ -228,10 +228,9 @@ def test_some_of_the_images_are_a_fixed_mixture(tmp_path):
   before = json.loads(json.dumps(found))
   del before["samples"]["subset"]
   card.write(path, before | {"metrics": {"frechet_pixels": 43.3}})
-  assert job.evaluate_to_file(compared, samples, path, **options) == found | {
-    "date": card.read(path)["date"]
-  }
-  whole = job.evaluate(compared, samples, num=18)
+  again = scoring.evaluate_to_file(compared, samples, path, **options)
+  assert again == found | {"date": card.read(path)["date"]}
+  whole = scoring.evaluate(compared, samples, num=18)
   value = _frechet(all_real, all_fake)
   np.testing.assert_allclose(whole["metrics"]["frechet_pixels"], value, 1e-4)
   assert "subset" not in whole["samples"]
@@ -250,7 +249,7 @@ def test_samples_that_sample_made_are_taken_from_the_first(tmp_path):
 
 
 def test_the_card_warns_of_splits_with_few_classes(tmp_path, monkeypatch):
-  monkeypatch.setattr(job, "SPLIT_SIZE", 6)
+  monkeypatch.setattr(scoring, "SPLIT_SIZE", 6)
   pixels = np.concatenate([*_pictures(0).values()])
   for labels, num, is_warned in (
     (np.repeat(np.arange(3), EACH), 18, True),
@@ -261,6 +260,6 @@ def test_the_card_warns_of_splits_with_few_classes(tmp_path, monkeypatch):
     np.savez(tmp_path / "x.npz", pixels, labels)
     samples = ImageSamples(opening.open_images(tmp_path / "x.npz"))
     wanted = ("inception_score",)
-    found = job.warn_of_order(wanted, samples, num)
+    found = scoring.warn_of_order(wanted, samples, num)
     assert bool(found) == is_warned
-    assert not job.warn_of_order(("fid",), samples, num)
+    assert not scoring.warn_of_order(("fid",), samples, num)

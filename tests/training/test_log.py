@@ -1,7 +1,7 @@
 """The console's line of a logging point is short, and for reading."""
 
 from diffit_jax import progress
-from diffit_jax.training import metrics
+from diffit_jax.training import log
 
 PREFIX = "05:43:08 "  # the time, before every line of the log
 
@@ -15,14 +15,14 @@ def test_the_line_says_what_a_person_wants_to_know():
     "share_checkpoint": 0.25,
     "grad_norm": 1.0,  # and the rest is for the files
   }
-  assert metrics.console_line(50, 750, values) == (
+  assert log.console_line(50, 750, values) == (
     "step 50/750, loss 0.1235, 256 images/s, waits: data 3% saves 25%,"
     " 5.8 min left"
   )
   values |= {"images_per_second": 12_345.6, "seconds_per_step": 0.06}
-  line = metrics.console_line(250_000, 1_250_000, values)
+  line = log.console_line(250_000, 1_250_000, values)
   assert len(PREFIX + line) < 100
-  assert metrics.console_line(1, 4, {"loss": 2.0}) == "step 1/4, loss 2"
+  assert log.console_line(1, 4, {"loss": 2.0}) == "step 1/4, loss 2"
 
 
 def test_durations_have_the_unit_that_fits():

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation import card, compare, job, load_inception, measure
+from diffit_jax.evaluation import (
+  card,
+  compare,
+  load_inception,
+  measure,
+  scoring,
+)
 from diffit_jax.evaluation.collector import Collector
 from diffit_jax.evaluation.features import spaces
 from diffit_jax.evaluation.metrics import table
@@ -48,7 +54,7 @@ def score(
     collector, references.read_reference(real), samples.shape, wanted=wanted
   )
   options.setdefault("num", samples.available)
-  return job.evaluate(compared, samples, **options)
+  return scoring.evaluate(compared, samples, **options)
 
 
 def frechet(x: np.ndarray, y: np.ndarray) -> float:
@@ -202,20 +208,20 @@ class TestStops:
           samples.shape,
           partial=path,
         )
-        job.evaluate(compared, samples, num=40, partial=path)
+        scoring.evaluate(compared, samples, num=40, partial=path)
     of_reference = f"{path.name}.reference.partial"
     assert {p.name for p in tmp_path.iterdir()} == {of_reference, other.name}
     collector = Collector(space, mesh_of(1), batch_size=8)
     compared = measure.make_measure(
       collector, references.read_reference(REAL), samples.shape, partial=path
     )
-    found = job.evaluate_to_file(compared, samples, path, num=40, repeats=1)
+    found = scoring.evaluate_to_file(compared, samples, path, num=40, repeats=1)
     assert found["metrics"] == undisturbed["metrics"]
     assert {p.name for p in tmp_path.iterdir()} == {path.name, other.name}
     written = path.stat().st_mtime_ns
-    job.evaluate_to_file(compared, samples, path, num=40, repeats=1)
+    scoring.evaluate_to_file(compared, samples, path, num=40, repeats=1)
     assert path.stat().st_mtime_ns == written  # read, not made again
-    job.evaluate_to_file(compared, samples, path, num=30, repeats=1)
+    scoring.evaluate_to_file(compared, samples, path, num=30, repeats=1)
     assert card.read(path)["num_samples"] == 30
 
   def test_nothing_is_written_to_a_place_that_was_lost(self, tmp_path):
@@ -238,7 +244,7 @@ class TestStops:
       measure.make_measure(collector, found, samples.shape, partial=path)
     compared = measure.make_measure(collector, found, samples.shape)
     with pytest.raises(UserError, match="taken over"):
-      job.evaluate_to_file(compared, samples, path, num=40, repeats=1)
+      scoring.evaluate_to_file(compared, samples, path, num=40, repeats=1)
     assert not list(tmp_path.iterdir())
 
 
