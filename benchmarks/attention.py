@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from benchmarks import report, yardstick
 from diffit_jax.models import attention
+from diffit_jax.models.kernels import plain
 
 _TURNS = flags.DEFINE_integer("turns", 7, "Measured turns, after one.", 1)
 TABLE = "relative_position_bias_table"
@@ -156,7 +157,7 @@ def spread_bias(turns: int) -> report.Table:
     g = jnp.ones((16, side**2, side**2))
     alternatives = {}
     for name, spread in (
-      ("reshape", attention.relative_position_bias),
+      ("reshape", plain.relative_position_bias),
       ("gather", gather),
     ):
       run = jax.jit(lambda table, f=spread, s=side: f(table, s))

@@ -32,7 +32,8 @@ from diffit_jax.environment import PRNG
 from diffit_jax.generation import generator, weights
 from diffit_jax.generation.labels import choose_labels
 from diffit_jax.generation.options import SamplerOptions
-from diffit_jax.models import attention, kernels, latent
+from diffit_jax.models import attention, latent
+from diffit_jax.models.kernels import plain
 from diffit_jax.parallel.mesh import make_mesh
 from diffit_jax.sampling.scan import Denoiser, Solver
 
@@ -154,7 +155,7 @@ def attention_weights(
 
     kinds.make(config.diffusion).denoise(network, x, level)
     return {
-      name: kernels.attention_weights(*inputs)
+      name: plain.attention_weights(*inputs)
       for name, inputs in found.items()
     }
 

@@ -82,7 +82,7 @@ def base(
   config.model.num_classes = 1000  # one more row is "no class"
   config.model.learn_sigma = True  # twice the output channels
   config.model.dtype = "bfloat16"  # of the blocks; state is float32
-  config.model.attention = "xla"  # or cudnn, on NVIDIA, after a check
+  config.model.attention = "auto"  # fused where a check allows it, else xla
   config.model.remat = "dots"  # none, dots or full: what backward recomputes
   config.model.scan_blocks = True  # one compiled block for all
   config.matmul_precision = "default"  # of float32 products

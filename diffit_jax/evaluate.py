@@ -276,12 +276,11 @@ def _images():
 
 def _network(mesh, field: str | None):
   """The function from a value of the swept field to a network's samples."""
-  from diffit_jax import models
   from diffit_jax.evaluation.sets import opening, sampled
   from diffit_jax.evaluation.sets.network_samples import NetworkSamples
   from diffit_jax.evaluation.sets.samples import ImageSamples
   from diffit_jax.generation import job
-  from diffit_jax.generation.generator import make_generator
+  from diffit_jax.generation.generator import make_generator, make_model
 
   loaded, codec = _SAMPLING.open(_WEIGHTS, mesh)
   seed, labels = _SAMPLING.seed.value, _SAMPLING.labels.value
@@ -300,7 +299,7 @@ def _network(mesh, field: str | None):
       config.sampler[field] = value
       folder = folder and f"{folder}/{field}={value:g}"
     changed = dataclasses.replace(loaded, config=config)
-    model = models.make_model(config.model)
+    model = make_model(config)
     samples = NetworkSamples(
       changed,
       model,

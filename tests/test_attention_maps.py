@@ -7,7 +7,8 @@ from benchmarks import attention_maps
 from configs import cifar10_song, digits, imagenet256
 from diffit_jax import models, sampling
 from diffit_jax.generation.weights import Weights
-from diffit_jax.models import attention, kernels
+from diffit_jax.models import attention
+from diffit_jax.models.kernels import plain
 
 HEADS, WIDTH, TIME, WINDOW = 2, 8, 5, 2
 
@@ -41,7 +42,7 @@ def test_weights_are_the_softmax_of_the_equation():
   _, left = module.apply({"params": params}, x, time, mutable=["intermediates"])
   inputs = left["intermediates"][attention.INPUTS][0]
   np.testing.assert_allclose(
-    kernels.attention_weights(*inputs),
+    plain.attention_weights(*inputs),
     softmax_by_hand(params, x, time),
     atol=1e-6,  # float32 logits of about 1
   )

@@ -14,7 +14,8 @@ from diffit_jax import sampling
 from diffit_jax.data import builders, pipeline, preparation
 from diffit_jax.evaluation.metrics import statistics, table
 from diffit_jax.models import kernels
-from diffit_jax.training import attention_probe, program
+from diffit_jax.models.kernels import probe
+from diffit_jax.training import program
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 
@@ -94,7 +95,7 @@ def test_an_attention(monkeypatch):
   add_row(monkeypatch, kernels, kernels.KERNELS, row)
   for bias in ("shared", "none"):
     shape = kernels.AttentionShape(tokens=16, heads=2, width=8, bias=bias)
-    attention_probe.probe("dot_product", shape)
+    probe.probe("dot_product", shape)
 
 
 def test_a_config(monkeypatch):

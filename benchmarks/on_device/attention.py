@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from benchmarks.on_device import device, rows
 from diffit_jax.errors import UserError
-from diffit_jax.models import attention, kernels
-from diffit_jax.training import attention_probe
+from diffit_jax.models import kernels
+from diffit_jax.models.compute import Compute
+from diffit_jax.models.kernels import probe as probe_lib
 
 card = device.card
 
@@ -40,7 +41,7 @@ def probe(name: str, heads: int, width: int, side: int) -> dict:
   start = time.perf_counter()
   shape = kernels.AttentionShape(side**2, heads, width, "shared")
   try:
-    attention_probe.probe(name, shape)
+    probe_lib.probe(name, shape)
     verdict = "passes"
   except UserError as error:
     verdict = str(error)
@@ -51,32 +52,32 @@ class Layer:
   """The attention of one layer, without its projections, in bfloat16."""
 
   def __init__(self, name: str, b: int, heads: int, side: int, width: int):
-    self.shape = b, heads, side**2, width
-    self.side = side
-    self.attend = functools.partial(kernels.attend, kernel=name)
+    self.sizes = b, heads, side, width
+    compute = Compute(attention=name)
+    self.attend = lambda qkv, table: kernels.attend(
+      qkv, table, heads, side, compute
+    )
 
   def times(self) -> dict:
-    """Forward, with gradients, and with the table that the bias comes from."""
-    b, heads, n, width = self.shape
+    """Forward, and with the gradients of qkv and of the bias's table."""
+    b, heads, side, width = self.sizes
+    n, c = side**2, heads * width
     draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
-    *qkv, weight = (draw(i, *self.shape).astype(jnp.bfloat16) for i in range(4))
-    bias = draw(4, heads, n, n)
-    table = draw(5, (2 * self.side - 1) ** 2, heads)
+    token = lambda i, c: draw(i, b, side, side, c).astype(jnp.bfloat16)
+    qkv, weight = token(0, 3 * c), token(1, c)
+    table = draw(2, (2 * side - 1) ** 2, heads)
     loss = lambda *args: jnp.sum(
       (self.attend(*args) * weight).astype(jnp.float32)
     )
-    spread = lambda table: attention.relative_position_bias(table, self.side)
-    from_table = lambda q, k, v, table: loss(q, k, v, spread(table))
     runs = {
-      "forward ms": (self.attend, bias),
-      "gradient ms": (jax.grad(loss, (0, 1, 2, 3)), bias),
-      "gradient of the table ms": (jax.grad(from_table, (0, 1, 2, 3)), table),
+      "forward ms": self.attend,
+      "gradient ms": jax.grad(loss, (0, 1)),
     }
     row, compile_s = {}, 0.0
-    for column, (function, last) in runs.items():
-      run, about = device.compiled(jax.jit(function), *qkv, last)
+    for column, function in runs.items():
+      run, about = device.compiled(jax.jit(function), qkv, table)
       compile_s += about["compile s"]
-      call = functools.partial(run, *qkv, last)
+      call = functools.partial(run, qkv, table)
       row[column] = 1e3 * device.seconds(call)
     ops = 4 * b * heads * n * n * width  # of the forward pass
     rate = lambda ops, ms: ops / ms / 1e9

@@ -38,7 +38,9 @@ def attentions() -> dict[str, str | None]:
   found = {}
   for name in kernels.KERNELS:
     try:
-      kernels.check_machine(name, first().platform, "bfloat16")
+      kernels.check_machine(
+        name, first().platform, first().device_kind, "bfloat16"
+      )
       found[name] = None
     except UserError as error:
       found[name] = str(error)

@@ -7,17 +7,22 @@ size, device count and order change rounding at most.
 
 from collections.abc import Callable, Mapping
 
+from absl import logging
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from diffit_jax import sampling
+from diffit_jax import models, sampling
 from diffit_jax.diffusion import guidance, kinds
 from diffit_jax.environment import PRNG
 from diffit_jax.errors import UserError
 from diffit_jax.generation.options import SamplerOptions
+from diffit_jax.models import kernels
+from diffit_jax.models.compute import AUTO, PLAIN
+from diffit_jax.models.kernels import probe
+from diffit_jax.parallel import runtime, sharding
 from diffit_jax.parallel.sharding import batch_sharding, place, replicated
 from diffit_jax.pictures import to_uint8
 
@@ -61,7 +66,7 @@ def make_generator(
     codec, float32 latents as the VAE gives them (unscaled).
   """
   options = SamplerOptions.from_config(config)
-  model = model.clone(attention="xla")  # cuDNN's is probed for training only
+  model = _with_kernel(model, config["data"]["resolution"], mesh)
   is_latent = kinds.is_latent(config)
   side, channels = config["data"]["resolution"], model.channels
 
@@ -114,6 +119,31 @@ def make_generator(
     return to_uint8(images, "adm")
 
   return generate_checked
+
+
+def make_model(config: Mapping) -> nn.Module:
+  """The config's network, to sample with whatever kernel serves it here."""
+  return models.make_model(config["model"]).clone(attention=AUTO)
+
+
+def _with_kernel(model: nn.Module, side: int, mesh: Mesh) -> nn.Module:
+  """The network with the kernel that `auto` stands for, if it passes a probe.
+
+  A kernel with a name was probed by the run that draws its own grids; where it
+  cannot run, the name is another machine's.
+  """
+  device, name = mesh.devices.flat[0], model.attention
+  machine = device.platform, device.device_kind, model.dtype.name
+  if name == AUTO or not kernels.runs_on(name, *machine):
+    shapes = model.attention_shapes(side)
+    name = kernels.choose(shapes, *machine)
+    try:
+      run = lambda: probe.probe_all(name, shapes, dtype=model.dtype.name)
+      runtime.on_all_processes(run)
+    except UserError as error:
+      logging.warning("sampling with plain XLA: %s", error)
+      name = PLAIN
+  return model.clone(attention=name, per_device=sharding.per_device(mesh))
 
 
 def sample_shape(config: Mapping, codec=None) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ from absl import logging
 from jax.sharding import Mesh
 import numpy as np
 
-from diffit_jax import claim, models, whole
+from diffit_jax import claim, whole
 from diffit_jax.diffusion import kinds
 from diffit_jax.errors import UserError
 from diffit_jax.generation import description, generator
@@ -77,7 +77,7 @@ def sample_to_folder(
   """
   batch_size = min(batch_size, -(-num // mesh.size) * mesh.size)
   check_batch(mesh, batch_size, "batch_size")
-  config, model = weights.config, models.make_model(weights.config.model)
+  config, model = weights.config, generator.make_model(weights.config)
   generate = generator.make_generator(model, config, mesh, codec)
   classes = lambda index: choose_labels(index, seed, model.num_classes, labels)
   classes(np.arange(1))  # refuses wrong labels before anything is written
@@ -191,7 +191,7 @@ def _report_skipped(weights: Weights, mesh: Mesh, seed: int, classes) -> None:
   )
   if not tolerance:
     return
-  model, index = models.make_model(config.model), np.arange(mesh.size)
+  model, index = generator.make_model(config), np.arange(mesh.size)
   made = []
   for value in (0.0, tolerance):
     config = config.copy_and_resolve_references()

@@ -17,6 +17,7 @@ from diffit_jax.environment import PRNG
 from diffit_jax.errors import UserError
 from diffit_jax.interop import native, official
 from diffit_jax.models import latent
+from diffit_jax.models.compute import AUTO
 
 _SIZES = (
   "input_size",
@@ -169,7 +170,7 @@ def write_weights(
 
 def parameter_shapes(config: Mapping) -> dict:
   """Abstract parameters of a config's network."""
-  model = models.make_model(config["model"]).clone(attention="xla")
+  model = models.make_model(config["model"]).clone(attention=AUTO)
   side = config["data"]["resolution"]
   x = jax.ShapeDtypeStruct((1, side, side, model.channels), "float32")
   time = jax.ShapeDtypeStruct((1,), "float32")

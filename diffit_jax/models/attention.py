@@ -16,54 +16,18 @@ do not see each other; the time token is the same in each. Other places for
 time than (3)-(5), which the paper compares with, are listed in `time_in`.
 """
 
-import einops
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
+from diffit_jax.models import kernels
 from diffit_jax.models.compute import Compute
-from diffit_jax.models.kernels import attend
+from diffit_jax.models.kernels import plain
 from diffit_jax.models.linear import XAVIER, linear
 from diffit_jax.models.time_in import TIME_IN
 
 INPUTS = "attention_inputs"  # (q, k, bias), left where a caller asks for them
-
-
-def relative_position_bias(table: jax.Array, side: int) -> jax.Array:
-  """Spreads the table of relative offsets over all pairs of tokens.
-
-  bias[h, n, m] = table[(row_n - row_m + side - 1) (2 side - 1)
-                        + (col_n - col_m + side - 1), h]
-  for tokens numbered along rows. Done axis by axis with pads and reshapes, so
-  that neither a gather nor, in the gradient, a scatter stands in the step.
-
-  Args:
-    table: [(2 side - 1)^2, heads].
-    side: rows (= columns) of the square of tokens.
-
-  Returns:
-    [heads, side^2, side^2], axes (head, query, key), of the table's dtype.
-  """
-  table = einops.rearrange(table, "(row col) h -> h row col", row=2 * side - 1)
-  bias = _toeplitz(_toeplitz(table, side), side)  # [h, rn, rm -> cn, cm]
-  return einops.rearrange(bias, "h rn rm cn cm -> h (rn cn) (rm cm)")
-
-
-def _toeplitz(values: jax.Array, side: int) -> jax.Array:
-  """[h, 2 side - 1, *rest] -> [h, *rest, side, side], indexed by differences.
-
-  out[h, ..., i, j] = values[h, i - j + side - 1, ...]. The reversed row of
-  values, padded by one and repeated `side` times, read with a row length that
-  is one shorter, moves by one position from row to row.
-  """
-  values = jnp.moveaxis(values[:, ::-1], 1, -1)  # [h, *rest, 2 side - 1]
-  lead = values.shape[:-1]
-  pad = [(0, 0)] * len(lead) + [(0, 1)]
-  rows = jnp.pad(values, pad)[..., None, :]  # [h, *rest, 1, 2 side]
-  rows = jnp.broadcast_to(rows, (*lead, side, 2 * side))
-  flat = rows.reshape(*lead, 2 * side * side)[..., : side * (2 * side - 1)]
-  return flat.reshape(*lead, side, 2 * side - 1)[..., side - 1 :]
 
 
 def effective_window(side: int, window_size: int | None) -> int:
@@ -112,25 +76,13 @@ class Attention(nn.Module):
     `time` [b, ct] is for `TMSA` alone, which is called in the same way.
     """
     window = self._window(x)
-    bias = self._bias(window, time) if self.has_bias else None
+    table = self._tables(window, time) if self.has_bias else None
     qkv = self.compute.constrain(self._qkv(x, time))
-    windowed = lambda x: einops.rearrange(
-      x,
-      "b (i p) (j q) (h d) -> b (i j) h (p q) d",
-      h=self.num_heads,
-      p=window,
-      q=window,
-    )
-    # Cut, then rearranged: so the gradients are joined, not padded and added.
-    q, k, v = map(windowed, jnp.split(qkv, 3, axis=-1))
-    self.sow("intermediates", INPUTS, (q, k, bias))  # where they are asked for
-    out = attend(q, k, v, bias, self.compute.attention)
-    out = einops.rearrange(
-      out,
-      "b (i j) h (p q) d -> b (i p) (j q) (h d)",
-      i=x.shape[1] // window,
-      p=window,
-    )
+    arguments = qkv, table, self.num_heads, window
+    if self.is_mutable_collection("intermediates"):  # they are asked for
+      q, k, _, bias = plain.heads_of(*arguments)
+      self.sow("intermediates", INPUTS, (q, k, bias))
+    out = kernels.attend(*arguments, self.compute)
     return self._project(self.compute.constrain(out), time)
 
   def _window(self, x: jax.Array) -> int:
@@ -154,9 +106,10 @@ class Attention(nn.Module):
     name = "relative_position_bias_table"
     return self.param(name, init, shape, jnp.float32)
 
-  def _bias(self, window: int, time: jax.Array | None) -> jax.Array:
-    """B [heads, n, n]."""
-    return relative_position_bias(self._table(window), window)
+  def _tables(self, window: int, time: jax.Array | None) -> jax.Array:
+    """[(2 window - 1)^2, heads], or [b, ...] where B depends on time."""
+    del time
+    return self._table(window)
 
   def _qkv(self, x: jax.Array, time: jax.Array | None) -> jax.Array:
     """Queries, keys and values [b, h, w, 3c], side by side."""
@@ -180,15 +133,12 @@ class TMSA(Attention):
   has_bias: bool = True
   time_in: str = "tmsa"
 
-  def _bias(self, window: int, time: jax.Array) -> jax.Array:
-    """B [heads, n, n], or [b, 1, heads, n, n] where it depends on time."""
-    if TIME_IN[self.time_in].bias != "each":
-      return super()._bias(window, time)
+  def _tables(self, window: int, time: jax.Array) -> jax.Array:
     table = self._table(window)
+    if TIME_IN[self.time_in].bias != "each":
+      return table
     offsets = nn.Dense(table.size, kernel_init=XAVIER, name="rpb_temb")
-    tables = table + offsets(time).reshape(-1, *table.shape)
-    spread = jax.vmap(relative_position_bias, in_axes=(0, None))
-    return spread(tables, window)[:, None]
+    return table + offsets(time).reshape(-1, *table.shape)
 
   def _qkv(self, x: jax.Array, time: jax.Array) -> jax.Array:
     qkv = super()._qkv(x, time)

@@ -88,6 +88,10 @@ class ImageDiffiT(Network):
   time_in: str = "tmsa"
   embedding: str = "positional"
 
+  @property
+  def bias_option(self) -> str:
+    return f"model.time_in={self.time_in!r}"
+
   def attention_shapes(self, side: int) -> list[AttentionShape]:
     """That of each level, for images of side x side."""
     shapes, bias = [], TIME_IN[self.time_in].bias
@@ -223,7 +227,7 @@ class ImageDiffiT(Network):
         f"images of {x.shape[1]}x{x.shape[2]} cannot be halved"
         f" {levels - 1} times for the {levels} levels of model.channel_mult"
       )
-    self._check_compute(x.shape[1], f"model.time_in={self.time_in!r}")
+    self.check_compute(x.shape[1])
     return widths, depths
 
   def _down(self, x: jax.Array, name: str) -> jax.Array:

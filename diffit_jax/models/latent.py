@@ -191,7 +191,7 @@ class LatentDiffiT(Network):
       )
     if labels is None and not self.null_label:
       raise UserError("labels are needed: this model has no null label")
-    self._check_compute(self.input_size, type(self).__name__)
+    self.check_compute(self.input_size)
 
 
 def stack_blocks(params: Mapping) -> dict:

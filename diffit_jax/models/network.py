@@ -20,24 +20,32 @@ class Network(nn.Module, kw_only=True):
   dtype: jnp.dtype = jnp.float32
   remat: str = "none"
   attention: str = options.PLAIN
-  constrain: options.Constrain = options.unconstrained
+  constrain: options.Constrain = options.as_it_is
+  per_device: options.PerDevice = options.as_it_is
   map_params: options.MapParams | None = None
 
   @property
   def compute(self) -> options.Compute:
     """The options as one value, for the modules inside."""
     names = [field.name for field in dataclasses.fields(options.Compute)]
-    return options.Compute(**{name: getattr(self, name) for name in names})
+    fields = {name: getattr(self, name) for name in names}
+    if self.attention == options.AUTO:
+      fields["attention"] = options.PLAIN
+    return options.Compute(**fields)
 
-  def _check_compute(self, side: int, bias_option: str) -> None:
+  @property
+  def bias_option(self) -> str:
+    """What decides over the attention's bias, as a message names it."""
+    return type(self).__name__
+
+  def check_compute(self, side: int) -> None:
     """Refuses options that are unknown or do not go with the network.
 
     Args:
       side: side of the images or latents.
-      bias_option: what decides over the attention's bias.
     """
     allowed = tuple(options.REMAT_POLICIES)
     if self.remat not in allowed:
       raise UserError(f"model.remat={self.remat!r}: use one of {allowed}")
     shapes = self.attention_shapes(side)
-    kernels.check_shapes(self.attention, shapes, bias_option)
+    kernels.check_shapes(self.attention, shapes, self.bias_option)

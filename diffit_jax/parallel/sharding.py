@@ -90,6 +90,22 @@ def constrain_batch(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
   return lambda x: jax.lax.with_sharding_constraint(x, split)
 
 
+def per_device(mesh: Mesh) -> Callable:
+  """The function that runs another on each device's part of the batch.
+
+  It takes (x [b, ...], y) -> [b, ...] to one that the compiler need not split.
+  y is whole on every device, and so its gradient is summed over all of them.
+  """
+  split, whole = PartitionSpec(AXES), PartitionSpec()
+  return lambda run: jax.shard_map(
+    run,
+    mesh=mesh,
+    in_specs=(split, whole),
+    out_specs=split,
+    check_vma=False,  # a Pallas kernel does not say how its results vary
+  )
+
+
 def gather(mesh: Mesh, dtype: jnp.dtype | None = None) -> Callable | None:
   """The function that makes whole copies of parameters where they are used.
 

@@ -30,7 +30,7 @@ from diffit_jax.run.checkpoint import Checkpoints, list_steps
 from diffit_jax.run.snapshots import Snapshots
 from diffit_jax.stop import Stopped, StopRequest
 from diffit_jax.training import (
-  attention_probe,
+  attention_choice,
   log,
   program,
   source,
@@ -90,9 +90,8 @@ def open_run(
   """
   runtime.on_all_processes(lambda: storage.check_name(directory))
   runtime.check_same("config", config.to_json_best_effort())
-  built = program.build(config, devices)
-  runtime.on_all_processes(lambda: attention_probe.probe_config(config))
   directory = workdir.path_of(directory)
+  built = attention_choice.build(config, devices, directory)
   codec, dataset = runtime.on_all_processes(
     lambda: open_data(config, data_dir, vae)
   )
@@ -110,6 +109,7 @@ def open_run(
   )
   check_claim = stack.enter_context(held).check
   runtime.on_process_0(lambda: workdir.enter(directory, config, identity))
+  runtime.on_process_0(lambda: attention_choice.keep(config, built, directory))
   checkpoints = Checkpoints(
     directory,
     max_to_keep=config.keep_checkpoints,

@@ -15,6 +15,7 @@ from diffit_jax.diffusion import kinds
 from diffit_jax.environment import PRNG
 from diffit_jax.errors import UserError
 from diffit_jax.models import kernels
+from diffit_jax.models.compute import AUTO, PLAIN
 from diffit_jax.parallel import mesh as mesh_lib
 from diffit_jax.parallel import sharding
 from diffit_jax.run.state import (
@@ -48,20 +49,22 @@ class Program:
 
 
 def build(
-  config: config_dict.ConfigDict, devices: list[jax.Device] | None = None
+  config: config_dict.ConfigDict,
+  devices: list[jax.Device] | None = None,
+  attention: str | None = None,
 ) -> Program:
   """Builds the program and refuses what cannot work, before any allocation.
 
   Args:
     config: the resolved config.
     devices: devices of the mesh; None is all there are.
+    attention: kernel in place of `model.attention`; None is that one, or what
+      `auto` stands for on these devices.
   """
   checks.check_consistent(config)
   mesh = mesh_lib.make_mesh(**config.mesh, devices=devices)
   _check_batch(mesh, config)
   model = models.make_model(config.model)
-  platform = mesh.devices.flat[0].platform
-  kernels.check_machine(model.attention, platform, model.dtype.name)
   optimizer = make_optimizer(config.optimizer, config.batch_size)
   init = make_init(
     lambda: init_params(model, config.data.resolution, config.seed),
@@ -69,6 +72,7 @@ def build(
     config.ema,
   )
   abstract = abstract_state(init, mesh)
+  model = _with_kernel(model, config, mesh, attention)
   loss = make_loss(model, config, mesh)
   pure_step = step.make_step(
     loss,
@@ -84,12 +88,25 @@ def build(
   return Program(model, mesh, init, abstract, train_step)
 
 
+def _with_kernel(model, config, mesh: Mesh, attention: str | None):
+  """The network with a kernel that serves it on these devices."""
+  side, device = config.data.resolution, mesh.devices.flat[0]
+  machine = device.platform, device.device_kind, model.dtype.name
+  if attention or model.attention == AUTO:
+    chosen = kernels.choose(model.attention_shapes(side), *machine)
+    model = model.clone(attention=attention or chosen)
+  model.check_compute(side)
+  kernels.check_machine(model.attention, *machine)
+  return model
+
+
 def make_loss(
   model: nn.Module, config: config_dict.ConfigDict, mesh: Mesh
 ) -> step.Loss:
   """The run's loss with every array kept in its place on the mesh."""
   placed = model.clone(
     constrain=sharding.constrain_batch(mesh),
+    per_device=sharding.per_device(mesh),
     map_params=sharding.gather(mesh, model.dtype),
   )
   made = objective.make(placed, config)
@@ -115,7 +132,9 @@ def init_params(model: nn.Module, side: int, seed: int):
   """Fresh parameters, for images or latents of side x side."""
   x = jnp.zeros((1, side, side, model.channels), jnp.float32)
   key = jax.random.key(seed, impl=PRNG)
-  return model.init(key, x, jnp.zeros(1, jnp.float32))["params"]
+  # With no kernel that the compiler cannot split: only parameters come of it.
+  plain = model.clone(attention=PLAIN)
+  return plain.init(key, x, jnp.zeros(1, jnp.float32))["params"]
 
 
 def batch_shapes(config: config_dict.ConfigDict) -> dict:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from diffit_jax.errors import UserError
-from diffit_jax.models import attention, kernels
+from diffit_jax.models import attention
 from diffit_jax.models.compute import Compute
+from diffit_jax.models.kernels import plain
 from goldens import hfill
 
 HEADS, CHANNELS, TIME = 2, 8, 12
@@ -90,13 +91,16 @@ def test_bias_index_of_a_2x2_window():
 @pytest.mark.parametrize("side", [1, 2, 3, 8, 16])
 def test_bias_is_bit_equal_to_the_gather(side):
   table = jax.random.normal(jax.random.key(side), ((2 * side - 1) ** 2, 3))
-  bias = jax.jit(attention.relative_position_bias, static_argnums=1)
+  bias = jax.jit(plain.relative_position_bias, static_argnums=1)
   _, expected = gather_bias(table, side)
   np.testing.assert_array_equal(bias(table, side), expected)
+  by_products = jax.jit(plain.spread_by_products, static_argnums=1)
+  by_products = by_products(table.T.reshape(3, 2 * side - 1, -1), side)
+  np.testing.assert_array_equal(by_products.reshape(expected.shape), expected)
 
 
 def test_no_gather_or_scatter_in_forward_and_backward():
-  loss = lambda t: attention.relative_position_bias(t, 4).sum()
+  loss = lambda t: plain.relative_position_bias(t, 4).sum()
   text = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((49, 2))))
   assert "gather" not in text and "scatter" not in text
 
@@ -146,10 +150,10 @@ def test_time_token_acts_like_an_extended_token():
   qkv = both @ kernel + params["qkv"]["bias"] + params["qkv_temb"]["bias"]
   pattern = "b i j (s h d) -> s b h (i j) d"
   q, k, v = einops.rearrange(qkv, pattern, s=3, h=HEADS)
-  bias = attention.relative_position_bias(
+  bias = plain.relative_position_bias(
     params["relative_position_bias_table"], 4
   )
-  out = kernels.attend(q, k, v, bias)
+  out = plain.attend(q, k, v, bias)
   out = einops.rearrange(out, "b h (i j) d -> b i j (h d)", i=4)
   out = out @ params["proj"]["kernel"] + params["proj"]["bias"]
   np.testing.assert_allclose(apply(params, x, time), out, atol=2e-6)
@@ -166,7 +170,7 @@ def test_derivatives_of_the_bias_are_those_of_the_formula(shape, x64):
     weights = jnp.exp(q @ k.swapaxes(-1, -2) / 6**0.5 + bias)
     return weights / weights.sum(axis=-1, keepdims=True) @ v
 
-  ours = lambda bias: kernels.attend(q, k, v, bias)
+  ours = lambda bias: plain.attend(q, k, v, bias)
   forward = lambda f: jax.jvp(f, (bias,), (tangent,))
   for found, wanted in zip(forward(ours), forward(formula)):
     np.testing.assert_allclose(found, wanted, atol=1e-12)

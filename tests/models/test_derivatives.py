@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from diffit_jax.models.blocks import gelu
-from diffit_jax.models.kernels import softmax
+from diffit_jax.models.kernels.plain import softmax
 from diffit_jax.models.layer_norm import layer_norm
 from diffit_jax.models.linear import flat_dot_general
 

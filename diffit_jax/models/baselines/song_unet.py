@@ -158,6 +158,10 @@ class SongUNet(Network):
     """Of the filter that resizes."""
     return (1, 3, 3, 1) if self.pyramid else (1, 1)
 
+  @property
+  def bias_option(self) -> str:
+    return f"model.tmsa={self.tmsa}"
+
   def attention_shapes(self, side: int) -> list[AttentionShape]:
     """One head as wide as the map, at the sides that have it and the bottom."""
     width, last = self.base_channels, len(self.channel_mult) - 1
@@ -258,7 +262,7 @@ class SongUNet(Network):
     return h
 
   def _check(self, x) -> None:
-    self._check_compute(x.shape[1], f"model.tmsa={self.tmsa}")
+    self.check_compute(x.shape[1])
     factor = 2 ** (len(self.channel_mult) - 1)
     if x.shape[1] % factor or x.shape[2] % factor:
       raise UserError(

@@ -16,8 +16,10 @@ from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.models import kernels
 from diffit_jax.models.baselines.dit import DiT
-from diffit_jax.models.kernels import AttentionShape, attend
-from diffit_jax.training import attention_probe, checks
+from diffit_jax.models.kernels import AttentionShape, by_heads
+from diffit_jax.models.kernels import probe as probe_lib
+from diffit_jax.models.kernels.plain import attend
+from diffit_jax.training import checks
 from diffit_jax.training import program as program_lib
 
 SHAPE = AttentionShape(tokens=16, heads=2, width=16, bias="shared")
@@ -26,14 +28,15 @@ SHAPE = AttentionShape(tokens=16, heads=2, width=16, bias="shared")
 def probe(kernel, bias="shared"):
   """Probes a function that a row of the table makes a kernel."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(kernels.KERNELS, "made_up", kernels.Kernel(kernel))
-    attention_probe.probe("made_up", SHAPE._replace(bias=bias))
+    row = kernels.Kernel(by_heads(kernel))
+    patch.setitem(kernels.KERNELS, "made_up", row)
+    probe_lib.probe("made_up", SHAPE._replace(bias=bias))
 
 
 def in_another_order(q, k, v, bias):
   """The same attention, computed two halves of the keys at a time."""
   logits = jnp.einsum(
-    "bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32
+    "...nd,...md->...nm", q, k, preferred_element_type=jnp.float32
   )
   logits = logits * q.shape[-1] ** -0.5
   logits += 0 if bias is None else bias.astype(q.dtype)
@@ -41,10 +44,10 @@ def in_another_order(q, k, v, bias):
   top = logits.max(-1, keepdims=True)
   weights = jnp.exp(logits - top)
   parts = [
-    jnp.einsum("bhnm,bhmd->bhnd", w.astype(v.dtype), x)
+    jnp.einsum("...nm,...md->...nd", w.astype(v.dtype), x)
     for w, x in (
-      (weights[..., :half], v[:, :, :half]),
-      (weights[..., half:], v[:, :, half:]),
+      (weights[..., :half], v[..., :half, :]),
+      (weights[..., half:], v[..., half:, :]),
     )
   ]
   total = weights.sum(-1)[..., None]
@@ -60,7 +63,8 @@ def test_a_kernel_is_one_row_of_the_table(monkeypatch):
   """Networks without a bias take it, too, and its refusals are its own."""
   model = DiT(input_size=8, depth=1, num_classes=3, attention="made_up")
   arrays = jax.random.key(0), jnp.zeros((1, 8, 8, 4)), jnp.zeros(1)
-  with pytest.raises(UserError, match=r"'made_up': use one of \('xla',\)"):
+  message = r"'made_up': use one of \('xla', 'auto'\)"
+  with pytest.raises(UserError, match=message):
     jax.eval_shape(model.init, *arrays)
   found = []
 
@@ -70,13 +74,13 @@ def test_a_kernel_is_one_row_of_the_table(monkeypatch):
     return v
 
   refusal = lambda shape: "wants few tokens of {}" * (shape.tokens > 16)
-  row = kernels.Kernel(kernel, dtype="bfloat16", refusal=refusal)
+  row = kernels.Kernel(by_heads(kernel), dtype="bfloat16", refusal=refusal)
   monkeypatch.setitem(kernels.KERNELS, "made_up", row)
   jax.eval_shape(model.init, *arrays)
   assert found[0] == model.attention_shapes(8)[0]._replace(bias="None")
-  kernels.check_machine("made_up", "tpu", "bfloat16")
+  kernels.check_machine("made_up", "tpu", "TPU v4", "bfloat16")
   with pytest.raises(UserError, match="'made_up' computes in bfloat16: set"):
-    kernels.check_machine("made_up", "tpu", "float32")
+    kernels.check_machine("made_up", "tpu", "TPU v4", "float32")
   message = "'made_up' wants few tokens of DiT: use model.attention='xla'"
   with pytest.raises(UserError, match=message):
     jax.eval_shape(model.clone(patch_size=1).init, *arrays)
@@ -142,25 +146,24 @@ def test_wrong_kernels_are_refused(kernel, what):
 )
 def test_every_shape_of_the_model_is_probed(config, shapes, monkeypatch):
   found = []
-  monkeypatch.setattr(
-    attention_probe, "probe", lambda *args: found.append(args)
-  )
-  attention_probe.probe_config(config)
+  monkeypatch.setattr(probe_lib, "probe", lambda *args: found.append(args))
+  model = models.make_model(config.model)
+  all_shapes = model.attention_shapes(config.data.resolution)
+  probe_lib.probe_all(kernels.PLAIN, all_shapes)
   assert not found  # plain XLA needs none
-  config.model.attention = "cudnn"
-  attention_probe.probe_config(config)
-  assert found == [("cudnn", shape) for shape in shapes]
+  probe_lib.probe_all("cudnn", all_shapes, 6)
+  assert found == [("cudnn", shape, 6, "bfloat16") for shape in shapes]
 
 
 def test_cudnn_is_refused_where_it_cannot_run():
   config = digits.get_config("debug,precision=bf16")
   config.model.attention = "cudnn"
-  with pytest.raises(UserError, match="needs an NVIDIA GPU, not a cpu"):
+  with pytest.raises(UserError, match="needs an NVIDIA GPU, not cpu"):
     program_lib.build(config)
   with pytest.raises(UserError, match="does not run here.*attention=xla"):
-    attention_probe.probe("cudnn", SHAPE)
+    probe_lib.probe("cudnn", SHAPE)
   with pytest.raises(UserError, match="model.dtype=bfloat16"):
-    kernels.check_machine("cudnn", "gpu", "float32")
+    kernels.check_machine("cudnn", "gpu", "NVIDIA H100", "float32")
 
 
 @pytest.mark.parametrize(
@@ -219,8 +222,25 @@ def test_a_network_tells_what_it_computes(config, monkeypatch):
     found.add(AttentionShape(tokens, heads, width, kind))
     return v
 
-  monkeypatch.setitem(kernels.KERNELS, kernels.PLAIN, kernels.Kernel(kernel))
+  row = kernels.Kernel(by_heads(kernel))
+  monkeypatch.setitem(kernels.KERNELS, kernels.PLAIN, row)
   model, side = models.make_model(config.model), config.data.resolution
   x = jnp.zeros((1, side, side, model.channels))
   jax.eval_shape(model.init, jax.random.key(0), x, jnp.zeros(1))
   assert found == set(model.attention_shapes(side))
+
+
+def test_auto_takes_what_the_device_serves():
+  model = models.make_model(imagenet512.get_config().model)
+  shapes = model.attention_shapes(64)
+  choose = lambda *machine: kernels.choose(shapes, *machine)
+  assert choose("tpu", "TPU v5 lite", "bfloat16") == "pallas"
+  assert choose("tpu", "TPU v4", "bfloat16") == kernels.PLAIN
+  assert choose("tpu", "TPU v5 lite", "float32") == kernels.PLAIN
+  assert choose("gpu", "NVIDIA H100", "bfloat16") == "cudnn"
+  assert choose("cpu", "cpu", "bfloat16") == kernels.PLAIN
+  each = [shape._replace(bias="each") for shape in shapes]
+  assert kernels.choose(each, "tpu", "TPU v6 lite", "bfloat16") == kernels.PLAIN
+  message = "'pallas' needs a TPU newer than TPU v4, not TPU v4: use"
+  with pytest.raises(UserError, match=message):
+    kernels.check_machine("pallas", "tpu", "TPU v4", "bfloat16")
