@@ -83,11 +83,13 @@ def trace(config: config_dict.ConfigDict, devices: Sequence) -> Step:
   program = program_lib.build(config, devices)
   arguments = program_lib.step_arguments(config, program)
   traced = program.train_step.trace(*arguments)
+  # CPU devices stand for any: what is done on a CPU alone does not count.
+  platform = devices[0].platform if devices[0].platform != "cpu" else ""
   state_bytes, batch_bytes = program_lib.argument_bytes(config, program)
   return Step(
     program=program,
     traced=traced,
-    products=tuple(cost.products(traced.jaxpr.jaxpr)),
+    products=tuple(cost.products(traced.jaxpr.jaxpr, platform=platform)),
     forward_macs=program_lib.forward_macs(
       program.model, program.abstract.params, config.data.resolution
     ),

@@ -34,6 +34,7 @@ def to_json(plan: Plan) -> dict:
     "batch_per_chip": config.batch_size // chips,
     "num_microbatches": config.num_microbatches,
     "remat": config.model.remat,
+    "attention": plan.attention,
     "arguments_gib": memory.arguments / _GIB,
     "temporaries_gib": memory.temporaries / _GIB,
     "outputs_gib": memory.outputs / _GIB,
@@ -51,6 +52,7 @@ def to_json(plan: Plan) -> dict:
     "wire_gb_by_kind": None,
     "dcn_gb": None,
     "hbm_traffic_gb": None,
+    "hbm_traffic_tiled_gb": None,
     "roofline_ms": None,
     "bound_by": None,
     "step_ms": None,
@@ -71,6 +73,7 @@ def to_json(plan: Plan) -> dict:
       "wire_gb_by_kind": by_kind,
       "dcn_gb": sum(c.dcn_bytes for c in plan.collectives) / 1e9,
       "hbm_traffic_gb": [plan.traffic.hbm / 1e9, plan.traffic.touched / 1e9],
+      "hbm_traffic_tiled_gb": plan.traffic.tiled / 1e9,
     }
   if bound:
     step = [ms / 1e3 for ms in bound.step]

@@ -7,7 +7,8 @@ and attributes, some of which name other computations:
   %fusion.1 = bf16[16,72]{1,0:T(8,128)(2,1)S(1)} fusion(%a, %b), calls=%f.2
 
 S(1) is the memory space: 0, which is not written, is HBM; the others are
-memories on the chip.
+memories on the chip. {1,0 says that the last dimension lies closest together,
+and T(8,128) that the last two are filled up to whole tiles.
 """
 
 from collections import Counter
@@ -37,20 +38,30 @@ class Array:
     dtype: as XLA writes it.
     shape: dimensions.
     space: memory space, 0 for HBM.
+    tiled: dimensions, filled up to whole tiles; None where there are none.
   """
 
   dtype: str
   shape: tuple[int, ...]
   space: int = 0
+  tiled: tuple[int, ...] | None = None
 
   @property
   def num_bytes(self) -> int:
     """Without the padding to whole tiles."""
+    return self._bytes(self.shape)
+
+  @property
+  def tiled_bytes(self) -> int:
+    """With the padding to whole tiles."""
+    return self._bytes(self.tiled or self.shape)
+
+  def _bytes(self, shape: tuple[int, ...]) -> int:
     size = _BYTES.get(self.dtype)
     if size is None:  # f32, s4, u8, f8e4m3fn: the number is bits
       bits = int(re.match(r"[a-z]+(\d+)", self.dtype).group(1))
-      return math.ceil(math.prod(self.shape) * bits / 8)
-    return math.prod(self.shape) * size
+      return math.ceil(math.prod(shape) * bits / 8)
+    return math.prod(shape) * size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +141,21 @@ def parse_arrays(text: str) -> tuple[Array, ...]:
   for dtype, dims, layout in _ARRAY.findall(text):
     shape = tuple(int(d.strip("<= ")) for d in dims.split(",") if d.strip())
     space = re.search(r"S\((\d+)\)", layout)
-    found.append(Array(dtype, shape, int(space.group(1)) if space else 0))
+    number = int(space.group(1)) if space else 0
+    found.append(Array(dtype, shape, number, _tiled(shape, layout)))
   return tuple(found)
+
+
+def _tiled(shape: tuple[int, ...], layout: str) -> tuple[int, ...] | None:
+  """A shape in whole tiles: those of {0,1:T(8,128)} end the order 1, 0."""
+  match = re.match(r"\{([\d,]+):T\(([\d,]+)\)", layout)
+  if not match:
+    return None
+  order, tile = ([int(x) for x in g.split(",")] for g in match.groups())
+  tiled = list(shape)
+  for axis, size in zip(order, reversed(tile)):
+    tiled[axis] = -(-shape[axis] // size) * size
+  return tuple(tiled)
 
 
 def count_runs(module: Module) -> tuple[Counter, int]:

@@ -28,6 +28,7 @@ class Plan:
     config: config of the run.
     topology: the chips.
     mesh: {axis: devices}.
+    attention: name of the kernel that computes it.
     memory: memory of one chip.
     fits: whether it has that much; None where its memory is not known.
     step_flops: FLOPs of the traced step's matrix products, on all chips.
@@ -44,6 +45,7 @@ class Plan:
   config: config_dict.ConfigDict
   topology: Topology
   mesh: dict[str, int]
+  attention: str
   memory: aot.Memory
   fits: bool | None
   step_flops: int
@@ -83,6 +85,7 @@ def make_plan(
     config=config,
     topology=topology,
     mesh=dict(step.program.mesh.shape),
+    attention=step.program.model.attention,
     memory=compiled.memory,
     fits=compiled.fits if topology.chip else None,
     step_flops=flops(step),

@@ -49,7 +49,7 @@ def _place_rows(card: dict) -> list[tuple[str, str]]:
       "batch",
       f"{card['batch_size']}, {card['batch_per_chip']} per chip"
       + (f" in {parts} parts" if parts > 1 else "")
-      + f"; remat {card['remat']}",
+      + f"; remat {card['remat']}, attention {card['attention']}",
     ),
   ]
 
@@ -114,7 +114,9 @@ def _wire_rows(card: dict) -> list[tuple[str, str]]:
       ("between slices", f"{card['dcn_gb']:.3f} GB per chip and step")
     )
   low, high = card["hbm_traffic_gb"]
-  rows.append(("memory traffic", f"{low:.1f} to {high:.1f} GB per chip"))
+  tiled = f"{card['hbm_traffic_tiled_gb']:.1f} with padding to tiles"
+  traffic = f"{low:.1f} to {high:.1f} GB per chip, {tiled}"
+  rows.append(("memory traffic", traffic))
   return rows
 
 

@@ -1,21 +1,24 @@
-"""How many bytes of memory one step reads and writes: two counts of one text.
+"""How many bytes of memory one step reads and writes: three counts of one text.
 
   touched  operands and results of every instruction, wherever they lie
   hbm      only those that lie in HBM
+  tiled    those in HBM, filled up to whole tiles, as they lie there
 
 The compiler keeps part of its arrays in the fast memory on the chip, and says
 so in the text. `touched` counts them as XLA's own cost analysis does, and so is
 too high for HBM; `hbm` believes the text, counts an array that is moved to the
 chip ahead of its use once, as the move, and is the better guess. The two differ
-most often by a factor of 2 to 4. Neither knows of padding to tiles or of lost
-bandwidth.
+most often by a factor of 2 to 4. None knows of lost bandwidth.
 
 A fused slice of a larger array counts as the slice, and an update in place as
-the update. Loops count as often as they run, which XLA's cost analysis omits.
+the update. A Pallas kernel counts as its operands and results, and what its
+grid reads again, which it says of itself. Loops count as often as they run,
+which XLA's cost analysis omits.
 """
 
 from collections.abc import Callable
 import dataclasses
+import re
 
 from diffit_jax.planning import collectives, hlo
 
@@ -29,6 +32,7 @@ _SLICES = {"dynamic-slice", "slice", "gather"}
 # Inside a fusion: what passes through it, and collectives, counted apart.
 _HANDS_ON = {"tuple", "custom-call", *collectives.KINDS}
 _FREE_CALLS = ("ConcatBitcast", "AllocateBuffer")
+_KERNEL_BYTES = re.compile(r'tpu_custom_call.*"bytes_accessed":"(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,25 +42,30 @@ class Traffic:
   Attributes:
     touched: bytes in all memories.
     hbm: bytes in HBM alone.
+    tiled: bytes in HBM with the padding to whole tiles.
   """
 
   touched: int
   hbm: int
+  tiled: int
 
 
 def measure(module: hlo.Module) -> Traffic:
   """Counts the traffic of one run of the program."""
   runs, _ = hlo.count_runs(module)
   inside = _fused(module)
-  in_any = lambda array: array.num_bytes
-  in_hbm = lambda array: array.num_bytes if array.space == 0 else 0
-  touched = hbm = 0
+  counts = (
+    lambda array: array.num_bytes,
+    lambda array: array.num_bytes if array.space == 0 else 0,
+    lambda array: array.tiled_bytes if array.space == 0 else 0,
+  )
+  totals = [0] * len(counts)
   for name, computation in module.computations.items():
     if name in inside or not runs[name]:
       continue
     for line in computation.values():
-      touched += runs[name] * _bytes(module, computation, line, in_any)
-      hbm += runs[name] * _bytes(module, computation, line, in_hbm)
+      for i, size in enumerate(counts):
+        totals[i] += runs[name] * _bytes(module, computation, line, size)
   channels = set()
   for name, line in collectives.instructions(module):
     channel = line.attribute("channel_id") or line.name
@@ -64,9 +73,9 @@ def measure(module: hlo.Module) -> Traffic:
       channels.add(channel)
       operands = _operands(module.computations[name], line)
       moved = [a for o in (*operands, line) for a in o.arrays]
-      touched += runs[name] * sum(map(in_any, moved))
-      hbm += runs[name] * sum(map(in_hbm, moved))
-  return Traffic(touched, hbm)
+      for i, size in enumerate(counts):
+        totals[i] += runs[name] * sum(map(size, moved))
+  return Traffic(*totals)
 
 
 def _fused(module: hlo.Module) -> set[str]:
@@ -107,10 +116,23 @@ def _bytes(
     return 2 * sum(map(size, operands[1].arrays))
   if line.opcode in ("copy-start", "slice-start"):
     source, target = _ends(operands, line)
-    return sum(target.num_bytes for end in (source, target) if size(end))
+    return sum(_share(size, e, target.num_bytes) for e in (source, target))
   if any(name in line.attributes for name in _FREE_CALLS):
     return 0
-  return sum(map(size, arrays(operands))) + sum(map(size, line.arrays))
+  moved = [*arrays(operands), *line.arrays]
+  return sum(map(size, moved)) + _read_again(line, moved)
+
+
+def _read_again(line: hlo.Instruction, moved: list[hlo.Array]) -> int:
+  """Bytes that a Pallas kernel's grid reads more than once."""
+  said = _KERNEL_BYTES.search(line.attributes)
+  once = sum(array.num_bytes for array in moved)
+  return max(int(said.group(1)) - once, 0) if said else 0
+
+
+def _share(size: Callable, array: hlo.Array, part: int) -> int:
+  """Bytes of a part of an array, where `size` counts the whole."""
+  return part * size(array) // max(array.num_bytes, 1)
 
 
 def _ends(operands, line) -> tuple[hlo.Array, hlo.Array]:
@@ -123,7 +145,6 @@ def _ends(operands, line) -> tuple[hlo.Array, hlo.Array]:
 
 def _fusion_bytes(module, fused, operands, line, size) -> int:
   """Bytes between a fusion and memory."""
-  share = lambda array, part: part if size(array) else 0
   total = 0
   for each in fused.values():
     if each.opcode != "parameter" or each.index() >= len(operands):
@@ -132,14 +153,15 @@ def _fusion_bytes(module, fused, operands, line, size) -> int:
     if len(arrays) == 1:
       whole = arrays[0].num_bytes
       part = _read(module, fused, each.name, whole)
-      total += share(arrays[0], min(whole, part))
+      total += _share(size, arrays[0], min(whole, part))
   root = next(each for each in fused.values() if each.is_root)
   results = [root]
   if root.opcode == "tuple":
     results = [fused[name] for name in root.operands]
   if len(results) == len(line.arrays):
     for array, result in zip(line.arrays, results):
-      total += share(array, _written(result, fused, array.num_bytes))
+      written = _written(result, fused, array.num_bytes)
+      total += _share(size, array, written)
   return total
 
 

@@ -1,7 +1,10 @@
 """What a program costs, counted from its jaxpr: multiply-accumulates.
 
 Matrix products and convolutions only; elementwise work is left out, as in the
-papers' counts. Loops count as often as they run.
+papers' counts. Loops count as often as they run, and what runs on each device
+of a mesh (`shard_map`) as often as there are devices. A Pallas kernel counts as
+what it says of itself, which leaves out lanes that are filled up with zeros;
+one that says nothing, as often as its grid has steps.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -66,12 +69,15 @@ def sum_macs(found: Iterable[Product]) -> Macs:
   return Macs(total, attention)
 
 
-def products(jaxpr: core.Jaxpr, times: int = 1) -> Iterator[Product]:
+def products(
+  jaxpr: core.Jaxpr, times: int = 1, platform: str = ""
+) -> Iterator[Product]:
   """All matrix products and convolutions of a program.
 
   Args:
     jaxpr: the program, with those inside its loops and calls.
     times: how often it runs.
+    platform: where it runs, as JAX calls it; "" where that does not matter.
   """
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "dot_general":
@@ -79,10 +85,29 @@ def products(jaxpr: core.Jaxpr, times: int = 1) -> Iterator[Product]:
       yield _product(eqn, times * _dot_macs(eqn), is_batched)
     elif eqn.primitive.name == "conv_general_dilated":
       yield _product(eqn, times * _conv_macs(eqn), False)
+    elif eqn.params.get("cost_estimate"):
+      yield _kernel(eqn, times)
     else:
-      inner_times = times * eqn.params.get("length", 1)
-      for inner in _sub_jaxprs(eqn.params):
-        yield from products(inner, inner_times)
+      inner_times = times * _runs(eqn.params)
+      for inner in _sub_jaxprs(eqn.params, platform):
+        yield from products(inner, inner_times, platform)
+
+
+def _runs(params: dict) -> int:
+  """How often an equation runs the programs inside it."""
+  if "grid_mapping" in params:
+    return math.prod(params["grid_mapping"].grid)
+  if "newly_manual_axes" in params:
+    sizes = params["mesh"].shape
+    return math.prod(sizes[axis] for axis in params["newly_manual_axes"])
+  return params.get("length", 1)
+
+
+def _kernel(eqn: core.JaxprEqn, times: int) -> Product:
+  """A Pallas kernel as one product; those known so far compute attention."""
+  dtype = eqn.invars[0].aval.dtype.name
+  macs = times * eqn.params["cost_estimate"].flops // 2
+  return Product(macs, True, (dtype, dtype), "highest")
 
 
 def _product(eqn: core.JaxprEqn, macs: int, is_batched: bool) -> Product:
@@ -112,14 +137,16 @@ def _conv_macs(eqn: core.JaxprEqn) -> int:
   return with_zeros // math.prod(eqn.params["lhs_dilation"])
 
 
-def _sub_jaxprs(params: dict) -> list[core.Jaxpr]:
+def _sub_jaxprs(params: dict, platform: str) -> list[core.Jaxpr]:
   """Jaxprs inside an equation; a cond counts every branch.
 
-  Where the platform chooses the branch, the one of all others counts.
+  Where the platform chooses the branch, its own counts, or that of all others.
   """
   platforms = params.get("branches_platforms")
   if platforms:
-    params = {"branches": params["branches"][platforms.index(None)]}
+    own = [i for i, names in enumerate(platforms) if platform in (names or ())]
+    branch = own[0] if own else platforms.index(None)
+    params = {"branches": params["branches"][branch]}
   found = []
   for value in params.values():
     for item in value if isinstance(value, (tuple, list)) else [value]:

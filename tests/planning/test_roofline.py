@@ -19,7 +19,7 @@ CHIP = topology.Chip(
 
 def test_the_largest_part_decides_each_end():
   bound = roofline.bound(
-    CHIP, flops=1e12, traffic=Traffic(touched=40e9, hbm=5e9), wire_bytes=1e9
+    CHIP, flops=1e12, traffic=Traffic(40e9, 5e9, 6e9), wire_bytes=1e9
   )
   assert bound.compute == pytest.approx((10, 10))
   assert bound.hbm == pytest.approx((5, 40))
@@ -27,7 +27,7 @@ def test_the_largest_part_decides_each_end():
   assert bound.dcn == (0, 0)
   assert bound.step == pytest.approx((10, 40))
   assert bound.bound == ("compute", "hbm")
-  slow = roofline.bound(CHIP, 1e12, Traffic(40e9, 5e9), 1e9, dcn_bytes=1e9)
+  slow = roofline.bound(CHIP, 1e12, Traffic(40e9, 5e9, 6e9), 1e9, dcn_bytes=1e9)
   assert slow.step == pytest.approx((100, 100))
 
 

@@ -56,3 +56,34 @@ def test_slices_updates_and_memory_spaces():
   assert found.hbm == 5 * hbm
   touched = (row + row + index) + 2 * row + 3 * row + (row + row + index)
   assert found.touched == 5 * touched
+  assert found.tiled == found.hbm  # the text has no tiles
+
+
+KERNEL = """\
+HloModule jit_kernel
+
+ENTRY %main (a: bf16[3,100,72], d: f32[32]) -> bf16[3,100,72] {
+  %a = bf16[3,100,72]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %d = f32[32]{0:T(128)S(1)} parameter(1)
+  %b = bf16[3,100,72]{1,2,0:T(8,128)(2,1)} copy(%a)
+  ROOT %k = bf16[3,100,72]{2,1,0:T(8,128)(2,1)} custom-call(%b, %d), \
+custom_call_target="tpu_custom_call", backend_config={"custom_call_config":\
+{"body":"TUz","cost_estimate":{"flops":"8","bytes_accessed":"MOVED"}}}
+}
+"""
+
+
+def test_a_kernel_reads_again_what_it_says():
+  array, vector = 2 * 3 * 100 * 72, 4 * 32
+  once = 2 * array + vector
+  measure = lambda moved: traffic.measure(
+    hlo.parse(KERNEL.replace("MOVED", str(moved)))
+  )
+  found = measure(once + 1000)
+  assert found.touched == 2 * array + once + 1000
+  assert found.hbm == 4 * array + 1000
+  # Of the last two dimensions in their order, the first is made a multiple of
+  # 8, the last one of 128.
+  rows, columns = 2 * 3 * 104 * 128, 2 * 3 * 128 * 72
+  assert found.tiled == (rows + columns) + (columns + rows) + 1000
+  assert measure(once - 1000).hbm == 4 * array  # it cannot read less

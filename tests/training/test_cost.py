@@ -3,6 +3,7 @@
 import time
 
 import jax
+from jax.experimental import pallas as pl
 import jax.numpy as jnp
 import pytest
 
@@ -10,6 +11,7 @@ from configs import imagenet256, imagenet512
 from diffit_jax import models
 from diffit_jax.interop import files
 from diffit_jax.models import latent
+from diffit_jax.parallel import mesh, sharding
 from diffit_jax.training import cost, summary
 from diffit_jax.training import program as program_lib
 
@@ -79,9 +81,35 @@ def test_the_train_step_of_561_million_parameters_compiles_in_20_s():
   assert time.monotonic() - start < 20
 
 
-def test_of_branches_by_platform_the_default_counts():
+def test_of_branches_by_platform_one_counts():
   a = jnp.ones((2, 3))
   choose = lambda a: jax.lax.platform_dependent(
     a, cpu=lambda a: (a @ a.T) @ (a @ a.T), default=lambda a: a @ a.T
   )
   assert cost.count_macs(choose, a).total == 2 * 3 * 2
+  jaxpr = jax.make_jaxpr(choose)(a).jaxpr
+  on_cpu = cost.sum_macs(cost.products(jaxpr, platform="cpu"))
+  assert on_cpu.total == 2 * (2 * 3 * 2) + 2 * 2 * 2
+
+
+@pytest.mark.parametrize("said", [None, 1000])
+def test_kernels_by_their_grid_or_what_they_say(said):
+  """On each of 8 devices: a grid of 5 steps with one product."""
+
+  def multiply(x, out):
+    out[...] = jnp.dot(x[...], x[...].T)
+
+  estimate = said and pl.CostEstimate(said, 0, 0)
+  kernel = pl.pallas_call(
+    multiply,
+    grid=(5,),
+    in_specs=[pl.BlockSpec((8, 128), lambda i: (i, 0))],
+    out_specs=pl.BlockSpec((8, 8), lambda i: (i, 0)),
+    out_shape=jax.ShapeDtypeStruct((40, 8), jnp.float32),
+    cost_estimate=estimate,
+  )
+  run = lambda x, _: kernel(x)
+  split = sharding.per_device(mesh.make_mesh())(run)
+  macs = cost.count_macs(split, jnp.ones((320, 128)), jnp.ones(1))
+  one = said // 2 if said else 5 * 8 * 128 * 8
+  assert macs == cost.Macs(8 * one, 8 * one if said else 0)
