@@ -123,6 +123,26 @@ def cheapest(found: list[tuple[Case, dict]]) -> report.Table | None:
   )
 
 
+def before_and_after(case: Case, before: dict, after: dict) -> dict:
+  """A plan beside that of before attention was fused."""
+  cards = before["card"], after["card"]
+  arrow = lambda texts: " -> ".join(text or "-" for text in texts)
+  digits = lambda value: f"{value:.3g}" if value else ""
+  number = lambda key: arrow(digits(c.get(key)) for c in cards)
+  ends = lambda key: arrow(plans.span(c.get(key)) for c in cards)
+  return {
+    "config": case.config,
+    "slice": case.topology,
+    "step ms": ends("step_ms"),
+    "HBM GB": ends("hbm_traffic_gb"),
+    "HBM GB with padding": number("hbm_traffic_tiled_gb"),
+    "wire GB": number("wire_gb"),
+    "temporaries GiB": number("temporaries_gib"),
+    "FLOPs / formula": arrow(f"{c['flops_ratio']:.4g}" for c in cards),
+    "commit": arrow((before["commit"], after["commit"])),
+  }
+
+
 def tables(kept: plans.Kept) -> list[report.Table]:
   """The page's tables, from what is there."""
   found = [(case, kept.find(case)) for case in CASES]
@@ -138,6 +158,11 @@ def tables(kept: plans.Kept) -> list[report.Table]:
     if (plan := kept.find(case))
   ]
   reasons = sorted({why for _, plan in made for why in plan["card"]["missing"]})
+  compared = [
+    before_and_after(case, former, plan)
+    for case, plan in made
+    if (former := kept.find_former(case))
+  ]
   result = [
     report.Table(
       "The configs as they stand",
@@ -145,6 +170,7 @@ def tables(kept: plans.Kept) -> list[report.Table]:
       [f"A row without a step has no {why}." for why in reasons],
     ),
     cheapest(made),
+    report.Table("Before and after attention was fused", compared),
     report.Table("How many images fit on a chip", largest),
   ]
   if knob_rows:

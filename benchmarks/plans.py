@@ -137,6 +137,10 @@ class Kept:
     found = self._plans.get(case.key)
     return found if found and found["digest"] == case.digest() else None
 
+  def find_former(self, case: Case) -> dict | None:
+    """The plan of an earlier version, kept to be compared with."""
+    return self._plans.get(f"{case.key} formerly")
+
   def find_or_make(self, case: Case) -> dict:
     found = self.find(case)
     if found is None:
