@@ -62,8 +62,9 @@ def build(
       ) from error
     logging.warning("auto takes plain XLA: %s", error)
     built = program.build(config, devices, PLAIN)
-  name = built.model.attention
-  logging.info("model.attention=auto is %s on %s", name, device)
+  name, refusals = built.model.attention, _refusals(built, config)
+  why = f": {'; '.join(refusals)}" if name == PLAIN and refusals else ""
+  logging.info("model.attention=auto is %s on %s%s", name, device, why)
   return built
 
 
@@ -85,6 +86,20 @@ def _read(directory: epath.Path) -> dict:
     logging.warning("%s is damaged (%s): passed over", path, error)
     return {}
   return found if isinstance(found, dict) else {}
+
+
+def _refusals(built: program.Program, config) -> list[str]:
+  """Why no fused kernel serves the run, in words."""
+  device, model = built.mesh.devices.flat[0], built.model
+  machine = device.platform, device.device_kind, model.dtype.name
+  shapes, found = model.attention_shapes(config.data.resolution), []
+  for name in kernels.KERNELS:
+    try:
+      kernels.check_machine(name, *machine)
+      kernels.check_shapes(name, shapes, model.bias_option)
+    except UserError as error:
+      found.append(str(error).partition(": use ")[0])
+  return found
 
 
 def _device(built: program.Program) -> str:

@@ -39,8 +39,16 @@ def take(config, folder) -> str:
   return built.model.attention
 
 
-def test_auto_is_plain_where_no_kernel_serves(config, tmp_path):
+def test_auto_is_plain_where_no_kernel_serves(config, tmp_path, monkeypatch):
+  said = []
+  log = lambda text, *args: said.append(text % args)
+  monkeypatch.setattr(choice.logging, "info", log)
   assert take(config, epath.Path(tmp_path)) == "xla"
+  assert said == [
+    "model.attention=auto is xla on cpu: model.attention='pallas' needs a TPU"
+    " newer than TPU v4, not cpu; model.attention='cudnn' needs an NVIDIA GPU,"
+    " not cpu"
+  ]
   (file,) = tmp_path.iterdir()
   assert '"attention": "xla"' in file.read_text()
 

@@ -71,12 +71,11 @@ def check_shapes(
 
 def runs_on(name: str, platform: str, kind: str, dtype: str) -> bool:
   """Whether a kernel can run at all; arguments as in `check_machine`."""
-  kernel = KERNELS[name]
-  return (
-    kernel.platform in ("", platform)
-    and kernel.dtype in ("", dtype)
-    and kind not in kernel.too_small
-  )
+  try:
+    check_machine(name, platform, kind, dtype)
+  except UserError:
+    return False
+  return True
 
 
 def check_machine(name: str, platform: str, kind: str, dtype: str) -> None:
