@@ -117,8 +117,8 @@ def check(side, images, heads, width, dtype, limit, is_peaked):
   else:
     by_heads = functools.partial(plain_attend, heads=heads)
     allowed = errors(value_and_gradients(by_heads, *inputs), wanted)
-    # bfloat16 rounds the same values; 5 % is what chance makes of it.
-    factor = 2 if dtype == jnp.float32 else 1.05
+    # dv is rounded as plain's: the order of sums decides its last digits.
+    factor = 2 if dtype == jnp.float32 else 1.001
     allowed = {name: factor * error for name, error in allowed.items()}
   print(found, allowed)
   assert all(found[name] <= allowed[name] for name in NAMES), (found, allowed)
