@@ -143,7 +143,14 @@ def widths(folder, call, turns: int) -> report.Table:
 
 
 def spread_bias(turns: int) -> report.Table:
-  """The bias alone: by pads and reshapes, as TMSA has it, and by a gather."""
+  """The bias alone, in the two ways that `plain` has, and by a gather."""
+
+  def by_axes(spread):
+    def run(table, side):
+      axes = table.T.reshape(-1, 2 * side - 1, 2 * side - 1)
+      return spread(axes, side).reshape(-1, side**2, side**2)
+
+    return run
 
   def gather(table, side):
     row, col = np.divmod(np.arange(side**2), side)
@@ -157,7 +164,8 @@ def spread_bias(turns: int) -> report.Table:
     g = jnp.ones((16, side**2, side**2))
     alternatives = {}
     for name, spread in (
-      ("reshape", plain.relative_position_bias),
+      ("reshapes", by_axes(plain.spread_by_reshapes)),
+      ("products", by_axes(plain.spread_by_products)),
       ("gather", gather),
     ):
       run = jax.jit(lambda table, f=spread, s=side: f(table, s))
