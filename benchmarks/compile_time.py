@@ -60,7 +60,7 @@ def prepare_imagenet256(folder: pathlib.Path) -> None:
   """Latents that no VAE made."""
   rng = np.random.default_rng(0)
   noise = lambda x: rng.standard_normal((len(x), 32, 32, 4), np.float32)
-  images = imagenet_latents.Images(
+  images = imagenet_latents.SourceImages(
     path="noise",
     num=_NUM_IMAGES,
     class_names=[str(label) for label in range(1000)],
@@ -68,7 +68,7 @@ def prepare_imagenet256(folder: pathlib.Path) -> None:
     name=lambda i: f"{i:02d}",
     read=lambda i: (rng.integers(0, 256, (256, 256, 3), np.uint8), i),
   )
-  encoder = imagenet_latents.Encoder(
+  encoder = imagenet_latents.LatentEncoder(
     encode=lambda x: (noise(x), noise(x)),
     down_factor=8,
     in_channels=3,

@@ -207,7 +207,7 @@ def _load_encoder():
       chunks.append(jax.device_get(vae.encode_fn(params, x)))
     return tuple(np.concatenate(each)[: len(images)] for each in zip(*chunks))
 
-  encoder = imagenet_latents.Encoder(
+  encoder = imagenet_latents.LatentEncoder(
     encode=encode,
     down_factor=vae.down_factor,
     in_channels=vae.module.in_channels,

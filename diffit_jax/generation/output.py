@@ -71,7 +71,7 @@ def _npy_fault(path: pathlib.Path, shape: tuple[int, int, int]) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class SampleKind:
   """What one sample is, and how it is kept.
 
   Attributes:
@@ -92,8 +92,10 @@ class Kind:
   prefix: str
 
 
-IMAGES = Kind("images", ".png", write_png, _read_png, _png_fault, "samples")
-LATENTS = Kind(
+IMAGES = SampleKind(
+  "images", ".png", write_png, _read_png, _png_fault, "samples"
+)
+LATENTS = SampleKind(
   "latents",
   ".npy",
   _write_npy,
@@ -114,7 +116,7 @@ class Output:
   """
 
   folder: pathlib.Path
-  kind: Kind
+  kind: SampleKind
   shape: tuple[int, int, int]
 
   def path(self, i: int) -> pathlib.Path:

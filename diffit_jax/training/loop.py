@@ -225,7 +225,8 @@ def train(
         )
       writer, clock = make_writer(run.directory), timing.StepClock()
       actions = Actions(run, writer, clock, sampler, evaluator)
-      trace = timing.Profile(profile_steps, run.directory, run.watchdog.patient)
+      patient = run.watchdog.patient
+      trace = timing.StepTrace(profile_steps, run.directory, patient)
       _train(run, actions, writer, clock, trace, make_batches, stop)
     except UserError as error:
       runtime.log_error(error)  # closing waits for the other processes

@@ -84,7 +84,7 @@ def parse_steps(text: str | None) -> range:
   return steps
 
 
-class Profile:
+class StepTrace:
   """Traces some steps of a run for TensorBoard's profile page and XProf.
 
   A trace is one folder, `<workdir>/plugins/profile/<time>`, with one

@@ -76,7 +76,7 @@ def _encoder(vae):
     "hash": vae.hash,
     "source": vae.source,
   }
-  return imagenet_latents.Encoder(**fields)
+  return imagenet_latents.LatentEncoder(**fields)
 
 
 def _prepare(folder, data_dir, encoder, source=None, **options):

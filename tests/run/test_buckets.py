@@ -79,7 +79,7 @@ def test_all_of_a_run_goes_through_the_one_file_system(
 
   monkeypatch.setattr(profiler, "start_trace", start_trace)
   monkeypatch.setattr(profiler, "stop_trace", lambda: None)
-  profile = timing.Profile(range(1, 2), run, contextlib.nullcontext)
+  profile = timing.StepTrace(range(1, 2), run, contextlib.nullcontext)
   profile.before(1)
   profile.close()
 

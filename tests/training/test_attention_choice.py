@@ -29,6 +29,7 @@ def add_kernel(monkeypatch, attend, name="made_up"):
 def config():
   config = digits.get_config("debug")
   config.model.attention = "auto"
+  config.model.channel_mult = (1,)  # one kind of attention to probe
   return config
 
 

@@ -73,7 +73,7 @@ def test_the_trace_covers_the_steps(
   monkeypatch.setattr(
     profiler, "stop_trace", lambda: seen.append((seen.pop(), step))
   )
-  profile = timing.Profile(steps, tmp_path, contextlib.nullcontext)
+  profile = timing.StepTrace(steps, tmp_path, contextlib.nullcontext)
   while step < last:
     profile.before(step + 1)
     step += 1
@@ -101,7 +101,7 @@ def test_traces_of_all_processes_make_one_run_of_the_profile_page(
   for index in range(2):
     monkeypatch.setattr(timing.jax, "process_index", lambda i=index: i)
     monkeypatch.setattr(profiler, "stop_trace", lambda i=index: write(f"{i}"))
-    profile = timing.Profile(range(3, 5), tmp_path, contextlib.nullcontext)
+    profile = timing.StepTrace(range(3, 5), tmp_path, contextlib.nullcontext)
     profile.before(3)
     profile.close()
   written = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -120,12 +120,12 @@ def test_no_trace_where_libtpu_would_crash(asked_for, monkeypatch, tmp_path):
   before = timing.jax.config.jax_platforms
   timing.jax.config.update("jax_platforms", asked_for)
   try:
-    timing.Profile(range(0), tmp_path, contextlib.nullcontext)
+    timing.StepTrace(range(0), tmp_path, contextlib.nullcontext)
     if asked_for:  # libtpu is then left alone
-      timing.Profile(range(1, 2), tmp_path, contextlib.nullcontext)
+      timing.StepTrace(range(1, 2), tmp_path, contextlib.nullcontext)
     else:
       with pytest.raises(UserError, match="set JAX_PLATFORMS=cpu"):
-        timing.Profile(range(1, 2), tmp_path, contextlib.nullcontext)
+        timing.StepTrace(range(1, 2), tmp_path, contextlib.nullcontext)
   finally:
     timing.jax.config.update("jax_platforms", before)
 

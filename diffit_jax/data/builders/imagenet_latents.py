@@ -43,7 +43,7 @@ _MAX_SHARDS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoder:
+class LatentEncoder:
   """What the data set needs to know of a VAE.
 
   Attributes:
@@ -67,7 +67,7 @@ class Encoder:
 
 
 @dataclasses.dataclass(frozen=True)
-class Images:
+class SourceImages:
   """Encoded images, by number.
 
   Attributes:
@@ -87,7 +87,7 @@ class Images:
   read: Callable[[int], tuple[bytes, int]]
 
 
-def open_images(source: str, data_dir: str, resolution: int) -> Images:
+def open_images(source: str, data_dir: str, resolution: int) -> SourceImages:
   """Lists a source of images.
 
   Args:
@@ -122,9 +122,9 @@ def open_images(source: str, data_dir: str, resolution: int) -> Images:
   return _images_of_dataset(dataset)
 
 
-def _images_of_files(source: sources.Source) -> Images:
+def _images_of_files(source: sources.Source) -> SourceImages:
   names = list(source.sizes)
-  return Images(
+  return SourceImages(
     path=os.path.abspath(source.path),
     num=len(names),
     class_names=source.class_names,
@@ -134,7 +134,7 @@ def _images_of_files(source: sources.Source) -> Images:
   )
 
 
-def _images_of_dataset(dataset: dataset_lib.Dataset) -> Images:
+def _images_of_dataset(dataset: dataset_lib.Dataset) -> SourceImages:
   directory = pathlib.Path(dataset.directory)
   content = dataset.metadata.get("content_hash")
   if not content:  # not ours
@@ -146,7 +146,7 @@ def _images_of_dataset(dataset: dataset_lib.Dataset) -> Images:
     record = dataset.source[index]
     return record["image"], record["label"]
 
-  return Images(
+  return SourceImages(
     path=str(directory),
     num=dataset.num_images,
     class_names=list(dataset.class_names),
@@ -166,8 +166,8 @@ def fixed_order(num: int) -> np.ndarray:
 
 
 def prepare(
-  images: Images,
-  encoder: Encoder,
+  images: SourceImages,
+  encoder: LatentEncoder,
   *,
   name: str = "imagenet_latents",
   data_dir: str,
@@ -249,7 +249,10 @@ def prepare(
 
 
 def _check(
-  images: Images, encoder: Encoder, resolution: int, num_shards: int
+  images: SourceImages,
+  encoder: LatentEncoder,
+  resolution: int,
+  num_shards: int,
 ) -> None:
   if encoder.in_channels not in (1, 3):
     raise UserError(
@@ -269,7 +272,10 @@ def _check(
 
 
 def _features(
-  images: Images, encoder: Encoder, resolution: int, latent_dtype: str
+  images: SourceImages,
+  encoder: LatentEncoder,
+  resolution: int,
+  latent_dtype: str,
 ) -> tfds.features.FeaturesDict:
   side = resolution // encoder.down_factor
   # As bytes: TFDS would write the float16 numbers of a plain tensor in 32 bits.
@@ -299,8 +305,8 @@ class _Cropped:
 class _Run:
   """One process's share of the work."""
 
-  images: Images
-  encoder: Encoder
+  images: SourceImages
+  encoder: LatentEncoder
   target: shards.ShardedSet
   resolution: int
   latent_dtype: str
