@@ -40,7 +40,7 @@ SLICES = {
 CASES = [Case(name, place) for name, many in SLICES.items() for place in many]
 # How many images fit on a chip.
 LARGEST = [
-  Case("imagenet256", "v5e:4x4", {"batch_size": 16 * 96}),
+  Case("imagenet256", "v5e:4x4", {"batch_size": 16 * 92}),
   Case(
     "imagenet256", "v5e:4x4", {"batch_size": 16 * 384, "model.remat": "full"}
   ),
