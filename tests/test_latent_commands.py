@@ -1,5 +1,6 @@
 """The latent model's commands in their debug form, and what users get wrong."""
 
+import json
 import re
 
 import numpy as np
@@ -50,6 +51,8 @@ def images(folder, name=NPZ):
 def test_training_on_latents_writes_grids(workdir):
   grid = Image.open(workdir / "samples" / "samples_constant_00000004.png")
   assert min(grid.size) > 64
+  kept = json.loads((workdir / "attention.json").read_text())
+  assert kept == {"attention": "xla", "device": "cpu"}  # what auto stood for
 
 
 def test_resume_encodes_images_on_the_fly(folder):
@@ -63,6 +66,7 @@ def test_resume_encodes_images_on_the_fly(folder):
   commands.succeed(f"{run} --config.total_steps=1")
   err = commands.run(f"{run} --config.total_steps=2").stderr
   assert "resuming at step 1 of 2" in err, err[-2000:]
+  assert "attention=auto is xla on cpu: model.attention='pallas' needs" in err
 
 
 def test_released_layout_goes_out_and_comes_back(workdir, folder, tmp_path):
