@@ -22,8 +22,13 @@ from diffit_jax.generation.options import SamplerOptions
 from diffit_jax.models import kernels
 from diffit_jax.models.compute import AUTO, PLAIN
 from diffit_jax.models.kernels import probe
-from diffit_jax.parallel import runtime, sharding
-from diffit_jax.parallel.sharding import batch_sharding, place, replicated
+from diffit_jax.parallel import runtime
+from diffit_jax.parallel.sharding import (
+  batch_sharding,
+  per_device,
+  place,
+  replicated,
+)
 from diffit_jax.pictures import to_uint8
 
 
@@ -143,7 +148,7 @@ def _with_kernel(model: nn.Module, side: int, mesh: Mesh) -> nn.Module:
     except UserError as error:
       logging.warning("sampling with plain XLA: %s", error)
       name = PLAIN
-  return model.clone(attention=name, per_device=sharding.per_device(mesh))
+  return model.clone(attention=name, per_device=per_device(mesh))
 
 
 def sample_shape(config: Mapping, codec=None) -> tuple[int, int, int]:
