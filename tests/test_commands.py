@@ -32,6 +32,7 @@ def workdir(tmp_path_factory, data_dir):
   return folder
 
 
+@pytest.mark.slow
 def test_a_trace_is_written_beside_the_run(workdir):
   (trace,) = workdir.rglob("*.xplane.pb")
   plugins, profile, _, _ = trace.relative_to(workdir).parts  # what XProf wants
@@ -104,7 +105,6 @@ def test_dry_run_needs_no_data(tmp_path):
 
 
 def test_demo_in_its_debug_form(tmp_path):
-  """Twice: the second one samples the finished run."""
   options = f"--variant=debug --workdir={tmp_path}/runs/digits"
   first = commands.succeed(f"demo {options}", TFDS_DATA_DIR="")
   report = json.loads((tmp_path / "runs/digits/demo.json").read_text())
@@ -115,12 +115,18 @@ def test_demo_in_its_debug_form(tmp_path):
   assert re.match(r"Fréchet distance .*not FID", lines[-3])
   assert lines[-2] == f"grid: {report['grid']}"
   assert re.fullmatch(r"recognised: 0\.\d+ of 500 .*", lines[-1])
-  assert "already trained: 4 steps" in commands.succeed(f"demo {options}")
-  (tmp_path / "runs/digits/thesis.txt").write_text("not the demo's")
   line = commands.last_error(
     f"demo {options.replace('=debug', '=debug,window=2')}"
   )
   assert "holds another run: model.window_size is 4 there and 2 here" in line
+
+
+@pytest.mark.slow
+def test_demo_samples_a_finished_run_again_or_trains_anew(tmp_path):
+  options = f"--variant=debug --workdir={tmp_path}/runs/digits"
+  commands.succeed(f"demo {options}", TFDS_DATA_DIR="")
+  assert "already trained: 4 steps" in commands.succeed(f"demo {options}")
+  (tmp_path / "runs/digits/thesis.txt").write_text("not the demo's")
   commands.succeed(f"demo {options} --fresh")
   assert (tmp_path / "runs/digits/thesis.txt").exists()
 
@@ -262,6 +268,7 @@ def test_wrong_sampling_input(workdir, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_older_checkpoint(tmp_path, data_dir):
   """A limit on file sizes stands for the disk: writes fail from then on."""
   common = (

@@ -29,6 +29,7 @@ def read(path) -> tuple[dict, dict]:
     )
 
 
+@pytest.mark.slow
 def test_a_width_between_two_is_exported_and_sampled(workdir, tmp_path):
   snapshots = sorted(int(p.name) for p in (workdir / "snapshots").iterdir())
   assert snapshots == list(range(1, 9))

@@ -121,6 +121,7 @@ def test_samples_that_were_written_score_the_same(
   assert table.startswith("|  | FID | sFID |") and "Measured alike" in table
 
 
+@pytest.mark.slow
 def test_one_job_on_two_processes_equals_one(place, data_dir):
   """Eight devices in all, both times; the samples come from the network."""
   run = place / "digits"
@@ -193,6 +194,7 @@ def test_a_sweep_makes_a_card_a_row_and_a_point_of_each_value(place, data_dir):
   assert out.endswith(f"plot: {place}/sweep/plot.png\n")
 
 
+@pytest.mark.slow
 def test_kept_samples_are_those_of_sample(place, data_dir):
   commands.succeed(
     f"evaluate --workdir={place}/digits --features=digits --reference=digits"

@@ -55,6 +55,7 @@ def test_training_on_latents_writes_grids(workdir):
   assert kept == {"attention": "xla", "device": "cpu"}  # what auto stood for
 
 
+@pytest.mark.slow
 def test_resume_encodes_images_on_the_fly(folder):
   run = (
     f"main --config={LATENT},data=images --workdir={folder}/fly"
@@ -185,6 +186,7 @@ def test_wrong_training_input(options, message, folder, tmp_path):
   assert not list(tmp_path.glob("run/checkpoints/*"))
 
 
+@pytest.mark.slow
 def test_guidance_on_a_model_without_label_dropout(folder, tmp_path):
   run = (
     f"main --config={LATENT} --workdir={tmp_path}/run --data_dir={folder}/data"

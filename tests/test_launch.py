@@ -380,10 +380,8 @@ def _assert_trained(done, tmp_path):
   assert [path.name for path in checkpoints.iterdir()] == ["2"]
 
 
-@pytest.mark.parametrize(
-  "per, nodes",
-  [("node", 2), pytest.param("gpu", 1, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("per, nodes", [("node", 2), ("gpu", 1)])
 def test_slurm_trains_with_real_processes(real, tmp_path, per, nodes):
   environment, arguments = real
   environment |= {"PER": per, "SLURM_NNODES": str(nodes)}

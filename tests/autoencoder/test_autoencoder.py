@@ -293,6 +293,7 @@ def test_every_product_has_full_precision(vae):
   assert found == {(jax.lax.Precision.HIGHEST,) * 2}
 
 
+@pytest.mark.slow
 def test_chunks_equal_the_whole_batch(folder):
   vae = load_autoencoder(folder, chunk_size=2)
   x = images(5)
@@ -319,6 +320,7 @@ def test_one_compilation_for_all_batch_sizes(folder):
   assert autoencoder._apply._cache_size() == before + 2
 
 
+@pytest.mark.slow
 def test_inside_another_jit(vae):
   x = images(2)
 

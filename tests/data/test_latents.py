@@ -635,6 +635,7 @@ def _a_pipe_instead_of(path: pathlib.Path):
   yield wait, feed
 
 
+@pytest.mark.slow
 def test_kill_9_and_sigterm_in_the_middle_change_nothing(folder, tmp_path):
   # A pipe in the third of the four shards holds every process up there.
   source = tmp_path / "images"

@@ -10,6 +10,7 @@ import pytest
 from diffit_jax.errors import UserError
 from diffit_jax.models import ImageDiffiT, blocks, embeddings, make_model
 from diffit_jax.models.attention import TMSA
+from slow import slow
 
 TINY = dict(
   base_channels=16,
@@ -53,15 +54,15 @@ def jitted(model):
 @pytest.mark.parametrize(
   "side, fields, expected",
   [
-    (32, dict(channel_mult=(1, 2, 2), window_size=4), 28_682_819),
-    (32, dict(channel_mult=(2, 2, 2), window_size=4), 39_352_531),
+    slow(32, dict(channel_mult=(1, 2, 2), window_size=4), 28_682_819),
+    slow(32, dict(channel_mult=(2, 2, 2), window_size=4), 39_352_531),
     (
       32,
       dict(channel_mult=(1, 2, 2), window_size=4, num_blocks=2),
       15_871_011,
     ),
     (64, dict(), 44_789_603),
-    (64, dict(num_blocks=(1, 2, 2, 2)), 23_789_231),
+    slow(64, dict(num_blocks=(1, 2, 2, 2)), 23_789_231),
   ],
 )
 def test_parameter_count(side, fields, expected):
@@ -152,13 +153,13 @@ def test_downsampling_pads_both_sides_by_one():
 @pytest.mark.parametrize(
   "fields",
   [
-    dict(skip="add"),
+    slow(dict(skip="add")),
     dict(skip="per_block", num_blocks=(2, 1)),
     dict(resize="bilinear"),
-    dict(decoder_in_conv=True),
-    dict(head_act="none"),
+    slow(dict(decoder_in_conv=True)),
+    slow(dict(head_act="none")),
     dict(num_classes=10, augment_dim=0),
-    dict(window_size=None),
+    slow(dict(window_size=None)),
     dict(dtype=jnp.bfloat16),
     dict(channels=1, channel_mult=(1, 1, 1)),
   ],

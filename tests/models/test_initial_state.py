@@ -24,6 +24,7 @@ import pytest
 from configs import digits
 from diffit_jax import models
 from diffit_jax.environment import PRNG
+from slow import all_but
 
 FILE = pathlib.Path(__file__).with_name("initial_state.json")
 # Configs of networks without a loop, in which every draw can be looked at.
@@ -60,6 +61,20 @@ SCANNED = (
   "imagenet256:debug",
   "imagenet256:debug,modulation=dit",
   "imagenet512:debug",
+)
+# One of every network, and every place of time; `make test-slow` runs all.
+FAST = (
+  "cifar10:debug",
+  "cifar10:debug,rung=A",
+  "cifar10:debug,rung=D",
+  "cifar10_song:debug,tmsa",
+  "cifar10_song:debug,network=ncsnpp",
+  "digits:debug",
+  "digits:debug,time_in=rpb_time",
+  "digits:debug,time_in=mlp_time",
+  "digits:debug,time_in=separate",
+  "digits_latent:debug",
+  "imagenet256:debug,modulation=dit",
 )
 DRAWN = ("digits_latent:debug", "imagenet256:debug,modulation=dit")
 
@@ -151,7 +166,7 @@ def expected() -> dict:
   return json.loads(FILE.read_text())
 
 
-@pytest.mark.parametrize("name", [*UNROLLED, *SCANNED])
+@pytest.mark.parametrize("name", all_but(FAST, [*UNROLLED, *SCANNED]))
 def test_the_state_is_what_it_was(name):
   found, wanted = state_of(name), expected()[name]
   first = found.pop("first", 0), wanted.get("first", 0)

@@ -135,6 +135,7 @@ def count(**fields) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
+@pytest.mark.slow
 def test_published_sizes():
   assert count() == 55_733_891
   assert count(channel_mult=(1, 2, 2, 2)) == 61_805_571

@@ -14,6 +14,7 @@ from configs import imagenet256
 from diffit_jax.models import kernels
 from diffit_jax.models.kernels import plain, tpu
 from diffit_jax.training import program
+from slow import slow
 
 NAMES = ("out", "dq", "dk", "dv", "dtable")
 
@@ -128,10 +129,10 @@ def check(side, images, heads, width, dtype, limit, is_peaked):
   "side, images, heads, width, dtype, limit, is_peaked",
   [
     (16, 2, 2, 72, jnp.float32, 10, False),
-    (16, 3, 1, 128, jnp.float32, 10, True),
+    slow(16, 3, 1, 128, jnp.float32, 10, True),
     (16, 1, 2, 64, jnp.float32, 80, True),
     (16, 4, 2, 72, jnp.bfloat16, 10, True),
-    (32, 1, 1, 72, jnp.bfloat16, 10, False),
+    slow(32, 1, 1, 72, jnp.bfloat16, 10, False),
   ],
 )
 def test_equations(side, images, heads, width, dtype, limit, is_peaked):
@@ -158,6 +159,7 @@ def test_equations_with_large_logits(side, heads, width, is_peaked):
   check(side, 1, heads, width, jnp.float32, 80, is_peaked)
 
 
+@pytest.mark.slow
 def test_windows_on_eight_devices_equal_those_on_one():
   """Each device has one image; the table's gradient is summed over them."""
   heads, window, width = 1, 16, 8

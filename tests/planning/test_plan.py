@@ -137,6 +137,7 @@ def test_what_does_not_fit_and_by_how_much():
   assert "DOES NOT FIT" in table.to_table(card)
 
 
+@pytest.mark.slow
 def test_a_program_that_libtpu_cannot_print(monkeypatch):
   """As XL's on v6e:4x4 with libtpu 0.0.52."""
 
@@ -177,6 +178,7 @@ def test_out_of_memory_messages():
   assert aot.parse_out_of_memory("INTERNAL: something else") is None
 
 
+@pytest.mark.slow
 def test_mixed_precision_passes():
   """bfloat16 blocks take 1 pass, the float32 of the paper's setting takes 6."""
   devices = topology.devices(topology.parse("cpu:1"))
@@ -234,6 +236,7 @@ def test_largest_size_on_a_straight_line(fixed, each, start):
   assert len(probes) == len(set(probes)) <= 8
 
 
+@pytest.mark.slow
 def test_search_over_remat_policies(monkeypatch, tpu_plan):
   """Memory of a line per policy: 64, 128 and 256 images per chip would fit."""
   gib, each = 2**30, {"none": 1 / 64, "dots": 1 / 128, "full": 1 / 256}

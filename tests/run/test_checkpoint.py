@@ -159,6 +159,7 @@ def flip(path: pathlib.Path, position: float) -> None:
   path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_no_flipped_byte_goes_unseen(copy, caplog):
   """One byte of each file: the state is 2 to the bit, or 1 and a warning.
 
@@ -287,6 +288,7 @@ def test_unknown_metrics_are_refused_before_training():
   checks.check_consistent(config)
 
 
+@pytest.mark.slow
 def test_the_loop_keeps_the_best_by_its_own_loss(data_dir, tmp_path):
   config = digits.get_config("debug")
   config.update(

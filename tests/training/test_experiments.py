@@ -17,6 +17,7 @@ from diffit_jax.planning import listing
 from diffit_jax.run import state as state_lib
 from diffit_jax.training import program as program_lib
 from diffit_jax.training import summary
+from slow import all_but
 
 NAMES = sorted({row[3] for row in EXPERIMENTS})
 # Parameters known from elsewhere, or from the network's own formula.
@@ -103,7 +104,7 @@ def test_items_of_the_paper_are_all_there():
   assert len(GRAPHS) >= 17
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES, *KNOWN}))
+@pytest.mark.parametrize("name", all_but(KNOWN, sorted({*NAMES, *KNOWN})))
 def test_the_full_config_builds_and_counts(name):
   """Where no count is known, of one block a level, which is traced sooner."""
   config = listing.load(name)
@@ -146,6 +147,8 @@ def test_a_dry_run_compiles_what_training_runs(num_devices):
   assert real == abstract
 
 
+# The two models; `make test-slow` takes the baselines, too.
+FAST = ("cifar10.py", "imagenet256.py")
 # One of each network; of the others, the step is traced and the loss computed.
 STEPPED = (
   "cifar10.py",
@@ -156,7 +159,7 @@ STEPPED = (
 )
 
 
-@pytest.mark.parametrize("name", STEPPED)
+@pytest.mark.parametrize("name", all_but(FAST, STEPPED))
 def test_the_shrunk_form_takes_a_step_and_plans(name):
   config = GRAPHS[name]
   program = program_lib.build(config, jax.devices()[:1])
@@ -179,6 +182,7 @@ def test_the_shrunk_form_takes_a_step_and_plans(name):
   assert "MACs per image" in plan and "MiB temporaries" in plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*GRAPHS} - {*STEPPED}))
 def test_the_shrunk_form_has_a_loss_and_a_step(name):
   config = GRAPHS[name]
@@ -194,6 +198,7 @@ def test_the_shrunk_form_has_a_loss_and_a_step(name):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name",
   [

@@ -80,6 +80,7 @@ def test_the_score_is_that_of_the_command(run, data_dir, tmp_path):
   assert mine == theirs
 
 
+@pytest.mark.slow
 def test_sharded_weights_score_as_whole_ones(run, data_dir, tmp_path):
   config = small(total_steps=2)
   config.mesh.fsdp = 2
@@ -193,6 +194,7 @@ def test_mistakes_show_before_training(data_dir, tmp_path):
   refused("keep_best_by='fid': use one of", lambda: small(keep_best_by="fid"))
 
 
+@pytest.mark.slow
 def test_latents_are_decoded_or_refused(data_dir, tmp_path):
   config = digits_latent.get_config("debug")
   config.update(

@@ -25,6 +25,7 @@ from diffit_jax.run import state as state_lib
 from diffit_jax.training import step as step_lib
 from diffit_jax.training.optimizer import make_optimizer
 from goldens import hfill
+from slow import slow
 
 REFERENCE = json.loads(
   pathlib.Path(__file__).with_name("latent_trajectory.json").read_text()
@@ -139,7 +140,7 @@ def official_tensors(path, model, params):
   return {key: np.float64(tensor).ravel() for key, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("scan_blocks", [True, False])
+@pytest.mark.parametrize("scan_blocks", [True, slow(False)])
 def test_training_follows_pytorch_in_float64(params, tmp_path, scan_blocks):
   """Measured: losses 5e-7; tensors 9e-7 where worst, 2.5e-7 at their ends.
 

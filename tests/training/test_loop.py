@@ -21,6 +21,7 @@ from diffit_jax.run import checkpoint, state
 from diffit_jax.stop import Stopped
 from diffit_jax.training import actions, loop, source
 from diffit_jax.training import program as program_lib
+from slow import slow
 
 PID = os.getpid()
 
@@ -121,7 +122,7 @@ def test_stop_request_saves_and_the_run_goes_on_to_the_same_bits(
   )
 
 
-@pytest.mark.parametrize("damage", ["truncate", "delete", "item"])
+@pytest.mark.parametrize("damage", ["truncate", slow("delete"), slow("item")])
 def test_damaged_newest_checkpoint_falls_back(
   damage, copy, reference, data_dir, caplog
 ):

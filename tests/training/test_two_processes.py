@@ -58,33 +58,28 @@ def alone(data_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pair(data_dir, tmp_path_factory):
-  """The workdir of two processes with four devices each, twice interrupted.
+  """The workdir of two processes with four devices each, and what they said.
 
-  The first start ends by SIGTERM to one of them, the second by its death; one
-  process with all eight devices goes on to the end.
+  SIGTERM to one of them ends both; one process with all eight devices goes on
+  to the end.
   """
   workdir = tmp_path_factory.mktemp("pair")
-  first = run_pair(workdir, data_dir, "term", "2")
-  assert [code for code, _ in first] == [75, 75], first
+  ended = run_pair(workdir, data_dir, "term", "4")
+  assert [code for code, _ in ended] == [75, 75], ended
   stopped = checkpoint.list_steps(workdir)
-  second = run_pair(workdir, data_dir, "kill", "6")
-  assert second[1][0] == -9 and second[0][0] not in (0, 75, None), second
-  killed = checkpoint.list_steps(workdir)
   for i in range(2):
     (workdir / f"process_{i}.jsonl").rename(workdir / f"pair_{i}.jsonl")
   driver.train(workdir, data_dir)
-  return workdir, stopped, killed, [err for _, err in first + second]
+  return workdir, stopped, [err for _, err in ended]
 
 
 def test_a_signal_to_one_stops_both_at_the_same_step(pair):
-  _, stopped, killed, errors = pair
-  assert len(stopped) == 1 and 2 <= stopped[0] <= 4
-  assert killed[-1] in (4, 5, 6)
-  assert f"resuming at step {stopped[0]} of 8" in errors[2]
+  _, stopped, _ = pair
+  assert len(stopped) == 2 - (stopped[-1] == 4) and 4 <= stopped[-1] <= 6
 
 
 def test_a_polite_stop_says_nothing_frightening(pair):
-  for err in pair[-1][:2]:
+  for err in pair[-1]:
     for word in driver.FRIGHTENING:
       assert word not in err, err
 
@@ -92,7 +87,7 @@ def test_a_polite_stop_says_nothing_frightening(pair):
 def test_two_processes_see_the_samples_of_one(alone, pair):
   _, whole = notes(alone)
   parts = [notes(pair[0], f"pair_{process}")[1] for process in range(2)]
-  assert len(parts[1]) >= 6  # to its death
+  assert len(parts[1]) >= 4  # to its stop
   for step in parts[1]:
     first, second = (set(part[step]) for part in parts)
     assert len(first) == len(second) == 8 and not first & second
@@ -103,7 +98,7 @@ def test_two_processes_see_the_samples_of_one(alone, pair):
 
 def test_two_processes_give_the_losses_of_one(alone, pair):
   losses, expected = notes(pair[0], "pair_0")[0], notes(alone)[0]
-  assert max(losses) >= 5
+  assert max(losses) >= 4
   losses |= notes(pair[0])[0]
   assert sorted(losses) == sorted(expected) == list(range(1, 9))
   for step in expected:
@@ -119,6 +114,17 @@ def test_two_processes_give_the_parameters_of_one(alone, pair):
     _, fewer = restored(pair[0], jax.devices()[:num])
     assert int(fewer.step) == 8
     jax.tree.map(np.testing.assert_array_equal, fewer, eight)
+
+
+@pytest.mark.slow
+def test_the_death_of_one_ends_both(data_dir, tmp_path):
+  """And they go on together from what was saved."""
+  killed = run_pair(tmp_path, data_dir, "kill", "6")
+  assert killed[1][0] == -9 and killed[0][0] not in (0, 75, None), killed
+  assert checkpoint.list_steps(tmp_path)[-1] == 4
+  again = run_pair(tmp_path, data_dir)
+  assert [code for code, _ in again] == [0, 0], again
+  assert "resuming at step 4 of 8" in again[0][1]
 
 
 @pytest.mark.slow

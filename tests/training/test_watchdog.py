@@ -50,6 +50,7 @@ def test_a_hanging_step_ends_the_program_and_shows_where_it_is(hang):
   assert "Timeout" in done.stderr and "a_step_that_hangs" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_slow_step_is_no_hang_and_0_is_off():
   assert run("time.sleep(0.1)").returncode == 0
   assert run("time.sleep(1)", seconds=0).returncode == 0
