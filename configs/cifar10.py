@@ -17,6 +17,7 @@ Variants, after a colon and separated by commas:
   time_in=tmsa|rpb_time|mlp_time|separate|plain  where time enters (Tables 6, 7)
   embedding=positional|fourier  of the noise level (Table 8)
   resize=conv|bilinear  between levels (appendix I.1)
+  objective=edm|flow|sit|jit  the paper's own, or flow matching
   precision=paper|bf16  float32 as in the paper, or bfloat16 matrix products
   duration=edm|iterations  200 million images (EDM), or 200,000 steps (I.1)
   ema=one|power    the average below, or two more for export --ema=WIDTH
@@ -45,6 +46,7 @@ def base(
   time_in: common.TimeIn = "tmsa",
   embedding: common.Embedding = "positional",
   resize: Literal["conv", "bilinear"] = "conv",
+  objective: common.ImageObjective = "edm",
   precision: common.Precision = "paper",
   duration: Literal["edm", "iterations"] = "edm",
   ema: common.Averages = "one",
@@ -90,6 +92,7 @@ def base(
     config.batch_size = 512
     if duration == "edm":
       config.total_steps = 390_625  # x 512 = 200 million images
+  common.use_flow(config, objective, common.IMAGE_TIME_SCALE)
   if ema == "power":
     common.add_power_averages(config)
   return config

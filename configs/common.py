@@ -16,6 +16,9 @@ Averages = Literal["one", "power"]
 # What the paper's tables change in the image-space network.
 TimeIn = Literal["tmsa", "rpb_time", "mlp_time", "separate", "plain"]
 Embedding = Literal["positional", "fourier"]
+# What is trained: the paper's own, or flow matching by published settings.
+ImageObjective = Literal["edm", "flow", "sit", "jit"]
+LatentObjective = Literal["adm", "flow", "sit", "jit"]
 
 
 def resolve(
@@ -63,6 +66,58 @@ def _parse(item: str, allowed: dict[str, tuple]) -> tuple[str, Any]:
 def per_level(text: int | str) -> int | tuple[int, ...]:
   """Blocks per level, one number or one per level written as 1-2-2-2."""
   return text if isinstance(text, int) else tuple(map(int, text.split("-")))
+
+
+# CHOICE: latents as with ADM's timesteps; images by what the digits showed.
+LATENT_TIME_SCALE = 1000.0
+IMAGE_TIME_SCALE = 1.0
+
+
+def use_flow(
+  config: config_dict.ConfigDict, setting: str, time_scale: float
+) -> None:
+  """Flow matching in place of a config's own diffusion, its sampler with it.
+
+  Args:
+    config: of images or latents, all else in it set.
+    setting: sit (Ma et al. 2024), jit (Li and He 2025), or flow, which draws t
+      as Esser et al. 2024 do (their rf/lognorm(0, 1)); of others, nothing is
+      changed.
+    time_scale: the network is told time_scale t.
+  """
+  if setting not in ("flow", "sit", "jit"):
+    return
+  old = config.diffusion
+  new = config.diffusion = config_dict.ConfigDict()
+  new.kind = "flow"  # straight paths from data to noise, t the share of noise
+  new.prediction = "v"  # of the network: x, eps or v
+  new.loss = "v"  # what the error is taken in, likewise
+  new.time = "logit_normal"  # or uniform: how training draws t
+  new.t_mean = 0.0  # of the logit of t
+  new.t_std = 1.0  # its standard deviation
+  new.shift = 1.0  # above 1 more noise, for more pixels; 1 is off
+  new.clamp = 0.0  # least divisor in the loss; 0 is none
+  new.time_scale = time_scale  # the network is told time_scale t
+  if "augment_prob" in old:
+    new.augment_prob = old.augment_prob
+  new.label_drop_prob = old.label_drop_prob
+  if setting == "sit":
+    new.time = "uniform"
+  if setting == "jit":
+    new.prediction = "x"
+    new.t_mean = 0.8  # JiT's -0.8, whose t is our 1 - t
+    new.t_std = 0.8
+    new.clamp = 0.05
+  if "learn_sigma" in config.model:
+    config.model.learn_sigma = False  # a flow has no variance
+  sampler = config.sampler
+  sampler.solver = "heun"  # heun, euler, euler_maruyama, dpmpp_2m or unipc
+  sampler.steps = min(sampler.steps, 50)  # 2 network evaluations each, less 1
+  if sampler.guidance_scale != 1:
+    sampler.guidance_scale = 1.5  # as SiT
+  if "guidance_schedule" in sampler:
+    sampler.guidance_schedule = "constant"
+    sampler.guidance_channels = 0
 
 
 def add_power_averages(config: config_dict.ConfigDict) -> None:

@@ -13,6 +13,7 @@ Variants, after a colon and separated by commas:
   blocks=1|2       blocks per level
   time_in=tmsa|rpb_time|mlp_time|separate|plain  where time enters
   embedding=positional|fourier  of the noise level
+  objective=edm|flow|sit|jit  the paper's own, or flow matching
   precision=paper|bf16  float32, or bfloat16 matrix products
   ema=one|power    the average below, or two more for export --ema=WIDTH
   debug            the same path with a network of one level and a few steps
@@ -35,6 +36,7 @@ def base(
   blocks: Literal[1, 2] = 1,
   time_in: common.TimeIn = "tmsa",
   embedding: common.Embedding = "positional",
+  objective: common.ImageObjective = "edm",
   precision: common.Precision = "paper",
   ema: common.Averages = "one",
   debug: bool = False,
@@ -94,6 +96,7 @@ def base(
     config.log_every_steps = 2
     config.sample_every_steps = 4
     config.save_every_steps = 2
+  common.use_flow(config, objective, common.IMAGE_TIME_SCALE)
   if ema == "power":
     common.add_power_averages(config)
   return config

@@ -9,6 +9,7 @@ paper.
   python -m diffit_jax.main --config=configs/digits_latent.py
 
 Variants, after a colon and separated by commas:
+  objective=adm|flow|sit|jit  the paper's own, or flow matching
   precision=paper|bf16  float32, or bfloat16 blocks
   debug                 the same path with a small network and a few steps
 """
@@ -24,6 +25,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
 
 def base(
   *,
+  objective: common.LatentObjective = "adm",
   precision: common.Precision = "paper",
   debug: bool = False,
 ) -> config_dict.ConfigDict:
@@ -44,9 +46,13 @@ def base(
   config.ema.constant.decay = 0.99
   config.mesh.fsdp = 1
   config.num_threads = 2
-  if debug:
-    return config
+  if not debug:
+    _enlarge(config)
+  common.use_flow(config, objective, common.LATENT_TIME_SCALE)
+  return config
 
+
+def _enlarge(config: config_dict.ConfigDict) -> None:
   config.batch_size = 128
   config.total_steps = 1_500
   config.model.hidden_dim = 64
@@ -60,4 +66,3 @@ def base(
   config.sample_every_steps = 500
   config.save_every_steps = 500
   config.keep_every_steps = 0
-  return config

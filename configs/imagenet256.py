@@ -17,6 +17,7 @@ Variants, after a colon and separated by commas:
   duration=long|figure7b  7 million steps, as DiT, or the figure's 1 million
   guidance=4.4|4.6      the release's README, or the paper's text
   data=latents|images   from prepared latents, or encoded on the fly (--vae)
+  objective=adm|flow|sit|jit  the paper's own, or flow matching
   precision=bf16|paper  bfloat16 blocks, or float32
   ema=one|power         the average below, or two more for export --ema=WIDTH
   debug                 the same path with a small network and a few steps
@@ -40,6 +41,7 @@ def base(
   duration: Literal["long", "figure7b"] = "long",
   guidance: Literal[4.4, 4.6] = 4.4,
   data: Literal["latents", "images"] = "latents",
+  objective: common.LatentObjective = "adm",
   precision: Literal["bf16", "paper"] = "bf16",
   ema: common.Averages = "one",
   debug: bool = False,
@@ -158,6 +160,7 @@ def base(
     config.log_every_steps = 2
     config.sample_every_steps = 4
     config.save_every_steps = 2
+  common.use_flow(config, objective, common.LATENT_TIME_SCALE)
   if ema == "power":
     common.add_power_averages(config)
   return config

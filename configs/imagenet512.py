@@ -12,6 +12,7 @@
 Variants, after a colon and separated by commas:
   depth=28|paper_text   blocks: the released weights, or H.2's 30
   data=latents|images   from prepared latents, or encoded on the fly (--vae)
+  objective=adm|flow|sit|jit  the paper's own, or flow matching
   precision=bf16|paper  bfloat16 blocks, or float32
   ema=one|power         the average below, or two more for export --ema=WIDTH
   debug                 the same path with a small network and a few steps
@@ -32,6 +33,7 @@ def base(
   *,
   depth: Literal[28, "paper_text"] = 28,
   data: Literal["latents", "images"] = "latents",
+  objective: common.LatentObjective = "adm",
   precision: Literal["bf16", "paper"] = "bf16",
   ema: common.Averages = "one",
   debug: bool = False,
@@ -49,6 +51,7 @@ def base(
     config.total_steps = 3_500_000  # the paper does not say; as many images
     config.data.resolution = 64  # side of a latent: pixels / 8
     config.model.input_size = 64
+  common.use_flow(config, objective, common.LATENT_TIME_SCALE)
   if ema == "power":
     common.add_power_averages(config)
   return config

@@ -28,7 +28,7 @@ import pathlib
 
 from absl import flags
 
-from diffit_jax import cli, paths
+from diffit_jax import cli, paths, sampling_flags
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import features
 from diffit_jax.evaluation.metrics import table
@@ -36,7 +36,7 @@ from diffit_jax.evaluation.metrics import table
 _SAMPLES = cli.define_path(
   "samples", "Images to score: .npz, folder, zip, or name of a data set."
 )
-_WEIGHTS = cli.define_weights_flags()
+_WEIGHTS = sampling_flags.define_weights_flags()
 _REFERENCE = cli.define_path(
   "reference",
   "What samples are compared with: statistics (.npz), or images.",
@@ -82,13 +82,15 @@ _BUILD = cli.define_path(
   "build_reference", "Write statistics of these images to --out."
 )
 _SWEEP = flags.DEFINE_string(
-  "sweep", None, "FIELD=VALUE,VALUE: guidance_scale, guidance_power or steps."
+  "sweep",
+  None,
+  "FIELD=VALUE,VALUE: guidance_scale, guidance_power, guide_scale or steps.",
 )
 _COMPARE = flags.DEFINE_list("compare", None, "Cards to print as one table.")
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 64, "Images per call, over all devices.", 1
 )
-_SAMPLING = cli.define_sampling_flags(
+_SAMPLING = sampling_flags.define_sampling_flags(
   num=None,
   num_help="Images to score; default all of --samples, else 50,000.",
 )
@@ -282,7 +284,7 @@ def _network(mesh, field: str | None):
   from diffit_jax.generation import job
   from diffit_jax.generation.generator import make_generator, make_model
 
-  loaded, codec = _SAMPLING.open(_WEIGHTS, mesh)
+  loaded, codec = _SAMPLING.open(_WEIGHTS, mesh, field)
   seed, labels = _SAMPLING.seed.value, _SAMPLING.labels.value
   class_names = None
   if _PER_CLASS.value:
@@ -303,7 +305,7 @@ def _network(mesh, field: str | None):
     samples = NetworkSamples(
       changed,
       model,
-      make_generator(model, config, mesh, codec),
+      make_generator(model, config, mesh, codec, loaded.guide),
       seed=seed,
       labels=labels,
       codec=codec,

@@ -13,9 +13,9 @@ run's snapshots, at the newest of them (Karras et al. 2024).
 
 from absl import flags
 
-from diffit_jax import cli
+from diffit_jax import cli, sampling_flags
 
-_WEIGHTS = cli.define_weights_flags()
+_WEIGHTS = sampling_flags.define_weights_flags()
 _LAYOUT = flags.DEFINE_enum(
   "layout", "native", ["native", "official"], "Layout of the file to write."
 )

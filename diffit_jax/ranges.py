@@ -121,6 +121,11 @@ RANGES: dict[str, Range] = {
   "diffusion.P_std": Range(0, 20),
   "diffusion.augment_prob": Range(0, 1),
   "diffusion.label_drop_prob": _SHARE,
+  "diffusion.t_mean": Range(-20, 20),  # of the logit of t
+  "diffusion.t_std": Range(0, 20),
+  "diffusion.shift": Range(0, 1000, above=True),
+  "diffusion.clamp": Range(0, 1, below=True, note="1 cuts the whole path"),
+  "diffusion.time_scale": Range(0, 1e6, above=True),
   "diffusion.num_steps": _count(
     1000, 1000, note="samplers and guidance count in 1000 steps"
   ),
@@ -149,6 +154,7 @@ RANGES: dict[str, Range] = {
   "sampler.guidance_channels": _count(0),
   "sampler.guidance_interval[*]": Range(-math.inf, math.inf),
   "sampler.guidance_tolerance": Range(0, 1000),
+  "sampler.guide_scale": Range(-1000, 1000),
 }
 
 

@@ -13,14 +13,14 @@ stopped; another setting in the same folder is refused.
 
 from absl import flags
 
-from diffit_jax import cli
+from diffit_jax import cli, sampling_flags
 
-_WEIGHTS = cli.define_weights_flags()
+_WEIGHTS = sampling_flags.define_weights_flags()
 _OUT = cli.define_path("out", "Folder for the images.")
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 64, "Images per call of the network, over all devices.", 1
 )
-_SAMPLING = cli.define_sampling_flags()
+_SAMPLING = sampling_flags.define_sampling_flags()
 
 
 def main() -> None:

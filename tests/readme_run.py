@@ -24,9 +24,6 @@ NUM = 6  # samples, few, as Inception takes its time on a CPU
 DEBUG = {
   r"(configs/\w+\.py)": r"\1:debug",
   r"(configs/ffhq64\S+)": r"\1 --config.model.channel_mult=(1,)",
-  r"(main .*--workdir=runs/ffhq64)": r"\1 --inception=inception.safetensors"
-  " --config.evaluate_every_steps=4 --config.evaluation.num=4"
-  " --config.keep_best_by=fid",
   r"(--workdir=runs/(cats|tuned))": r"\1 --config.total_steps=2"
   " --config.sample_every_steps=0",
   r"--num=\d+": f"--num={NUM}",

@@ -46,6 +46,17 @@ def statistics(place):
 
 
 @pytest.fixture(scope="module")
+def digits(place, data_dir):
+  """The workdir of a run on the digits, in its debug form."""
+  run = place / "digits"
+  commands.succeed(
+    f"main --config=configs/digits.py:debug --workdir={run}"
+    f" --data_dir={data_dir} --config.sample_every_steps=0"
+  )
+  return run
+
+
+@pytest.fixture(scope="module")
 def scored(readme):
   """The README's card, of samples that were never written."""
   outputs = json.loads((readme / "outputs.json").read_text())
@@ -99,6 +110,7 @@ def test_statistics_are_in_adms_layout(statistics):
     assert file["arr_0"].dtype == np.uint8 and file["mu"].dtype == np.float64
 
 
+@pytest.mark.slow
 def test_samples_that_were_written_score_the_same(
   place, options, statistics, scored
 ):
@@ -122,15 +134,10 @@ def test_samples_that_were_written_score_the_same(
 
 
 @pytest.mark.slow
-def test_one_job_on_two_processes_equals_one(place, data_dir):
+def test_one_job_on_two_processes_equals_one(place, digits, data_dir):
   """Eight devices in all, both times; the samples come from the network."""
-  run = place / "digits"
-  commands.succeed(
-    f"main --config=configs/digits.py:debug --workdir={run}"
-    f" --data_dir={data_dir}"
-  )
   common = (
-    f"evaluate --workdir={run} --features=digits --reference=digits --num=37"
+    f"evaluate --workdir={digits} --features=digits --reference=digits --num=37"
     f" --data_dir={data_dir} --repeats=2 --batch_size=16"
   )
   where = f"--num_processes=2 --coordinator=localhost:{driver.free_port()}"
@@ -146,11 +153,11 @@ def test_one_job_on_two_processes_equals_one(place, data_dir):
   assert one["protocol"]["reported"].startswith("run ")
 
 
-def test_sigterm_keeps_what_was_gathered(place, data_dir):
+def test_sigterm_keeps_what_was_gathered(place, digits, data_dir):
   """The digits' debug network is quick, a million samples of it are not."""
   path = place / "stopped.json"
   command = (
-    f"evaluate --workdir={place}/digits --features=digits --reference=digits"
+    f"evaluate --workdir={digits} --features=digits --reference=digits"
     f" --data_dir={data_dir} --num=1000000 --metrics=frechet_digits"
     f" --out={path}"
   )
@@ -176,9 +183,11 @@ def test_sigterm_keeps_what_was_gathered(place, data_dir):
   assert going_on in err, err
 
 
-def test_a_sweep_makes_a_card_a_row_and_a_point_of_each_value(place, data_dir):
+def test_a_sweep_makes_a_card_a_row_and_a_point_of_each_value(
+  place, digits, data_dir
+):
   out = commands.succeed(
-    f"evaluate --workdir={place}/digits --features=digits --reference=digits"
+    f"evaluate --workdir={digits} --features=digits --reference=digits"
     f" --data_dir={data_dir} --num=20 --sweep=steps=2,4 --out={place}/sweep"
   )
   made = {path.name for path in (place / "sweep").iterdir()}
@@ -195,14 +204,14 @@ def test_a_sweep_makes_a_card_a_row_and_a_point_of_each_value(place, data_dir):
 
 
 @pytest.mark.slow
-def test_kept_samples_are_those_of_sample(place, data_dir):
+def test_kept_samples_are_those_of_sample(place, digits, data_dir):
   commands.succeed(
-    f"evaluate --workdir={place}/digits --features=digits --reference=digits"
+    f"evaluate --workdir={digits} --features=digits --reference=digits"
     f" --data_dir={data_dir} --num=5 --keep_samples={place}/kept --seed=3"
     f" --out={place}/kept.json"
   )
   commands.succeed(
-    f"sample --workdir={place}/digits --num=5 --seed=3 --out={place}/again"
+    f"sample --workdir={digits} --num=5 --seed=3 --out={place}/again"
   )
   kept, again = (
     (place / name / "samples_5x8x8x3.npz").read_bytes()
@@ -211,8 +220,8 @@ def test_kept_samples_are_those_of_sample(place, data_dir):
   assert kept == again
 
 
-def test_mistakes_end_in_one_line(place, options, statistics, data_dir):
-  digits = f"--features=digits --reference=digits --data_dir={data_dir}"
+def test_mistakes_end_in_one_line(place, digits, options, statistics, data_dir):
+  of_digits = f"--features=digits --reference=digits --data_dir={data_dir}"
   np.savez(place / "floats.npz", arr_0=RNG.normal(size=(9, 32, 32, 3)))
   half = (place / "inception.safetensors").read_bytes()[:1_000_000]
   (place / "half.safetensors").write_bytes(half)
@@ -233,7 +242,7 @@ def test_mistakes_end_in_one_line(place, options, statistics, data_dir):
       "no.npz",
     ),
     (
-      f"{samples} {digits} --out={place}/x.json",
+      f"{samples} {of_digits} --out={place}/x.json",
       "are 64x64 (height x width), the reference digits is of 8x8",
     ),
     (
@@ -277,10 +286,10 @@ def test_mistakes_end_in_one_line(place, options, statistics, data_dir):
       "'fud' is not among fid",
     ),
     (
-      f"--workdir={place}/digits {digits} --sweep=seed=1,2 --out={place}/y",
+      f"--workdir={digits} {of_digits} --sweep=seed=1,2 --out={place}/y",
       "with a field of guidance_scale",
     ),
-    (f"{samples} {digits} --sweep=steps=1 --out={place}/y", "goes with"),
+    (f"{samples} {of_digits} --sweep=steps=1 --out={place}/y", "goes with"),
     (f"--build_reference=ffhq64 --out={place}/x.json {options}", ".npz"),
     (f"--compare {place}/floats.npz", "floats.npz"),
     (
@@ -307,7 +316,14 @@ def test_two_evaluations_do_not_write_one_card(place):
   assert not list(place.glob("busy*"))
 
 
-def test_fid_during_training_is_against_its_own_set(readme):
-  found = read(readme / "runs/ffhq64/evaluation/step_00000004.json")
+@pytest.mark.slow
+def test_fid_during_training_is_against_its_own_set(place):
+  commands.succeed(
+    f"main --config=configs/ffhq64.py:debug --workdir={place}/scored"
+    f" --data_dir={place}/data --inception={place}/inception.safetensors"
+    " --config.model.channel_mult=(1,) --config.evaluate_every_steps=4"
+    " --config.evaluation.num=4 --config.keep_best_by=fid"
+  )
+  found = read(place / "scored/evaluation/step_00000004.json")
   assert found["metrics"].keys() == {"fid"}
   assert found["protocol"]["reference"]["source"] == "ffhq64"

@@ -70,6 +70,7 @@ def test_resume_encodes_images_on_the_fly(folder):
   assert "attention=auto is xla on cpu: model.attention='pallas' needs" in err
 
 
+@pytest.mark.slow
 def test_released_layout_goes_out_and_comes_back(workdir, folder, tmp_path):
   """export official, sample from it, convert it, train from it."""
   sample = f"sample --vae={folder}/vae --num=3 --labels=0-2 --batch_size=3"

@@ -9,7 +9,7 @@ import types
 import pytest
 
 from configs import common, digits
-from diffit_jax import cli, models, ranges
+from diffit_jax import models, ranges, sampling_flags
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import sweep
 from diffit_jax.generation.options import SamplerOptions
@@ -138,7 +138,8 @@ def test_sampler_fields_are_checked():
 def test_flags_are_checked_by_their_names(name, value, message, monkeypatch):
   given = collections.defaultdict(lambda: types.SimpleNamespace(value=None))
   given[name].value = value
-  monkeypatch.setattr(cli, "flags", types.SimpleNamespace(FLAGS=given))
-  sampling = cli.SamplingFlags(*[None] * 5)
+  fake = types.SimpleNamespace(FLAGS=given)
+  monkeypatch.setattr(sampling_flags, "flags", fake)
+  sampling = sampling_flags.SamplingFlags(*[None] * 8)
   with pytest.raises(UserError, match=message):
     sampling.apply(digits.get_config("debug").sampler)

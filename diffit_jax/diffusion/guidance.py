@@ -1,4 +1,4 @@
-"""Classifier-free guidance: the one place for its rule.
+"""Guidance, classifier-free and by another network: the one place for its rule.
 
 Ho and Salimans 2022 (arXiv 2207.12598), with the weight schedule of MDT that
 DiffiT's release uses. From a prediction with the label, c, and one without, u,
@@ -17,6 +17,13 @@ after them stay conditional. Outside of an `interval` of noise levels s = 1
 
 Where s = 1, u does not matter and need not be computed: `Guidance.skippable`
 says where, for a sampler that knows its noise levels beforehand.
+
+Autoguidance (Karras et al. 2024, arXiv 2406.02507) leads away from g, what a
+worse network predicts with the same label, by a weight w; with both,
+
+  guided = c + (s(t) - 1) (c - u) + (w - 1) (c - g).                 (4)
+
+w = 1 needs no g, and w = 0 is g where s = 1. The same `channels` are guided.
 """
 
 from collections.abc import Callable
@@ -44,6 +51,7 @@ class Guidance:
       are those of the prediction with the label.
     interval: (low, high), both included, in the unit of the levels; s = 1
       outside. None guides everywhere.
+    guide_scale: w of (4); 1 is no guide.
     tolerance: how far from 1 a scale still counts as 1 in `skippable`. At 0 it
       is 1 in float32, so that leaving out u changes rounding at most.
   """
@@ -54,6 +62,7 @@ class Guidance:
   channels: int | str = "all"
   interval: tuple[float, float] | None = None
   tolerance: float = 0.0
+  guide_scale: float = 1.0
 
   def __post_init__(self):
     if self.schedule not in SCHEDULES:
@@ -75,6 +84,11 @@ class Guidance:
   def is_off(self) -> bool:
     """Whether the scale is known to be 1 (a traced one is not known)."""
     return isinstance(self.scale, (int, float)) and self.scale == 1
+
+  @property
+  def has_guide(self) -> bool:
+    """Whether (4) needs g."""
+    return self.guide_scale != 1
 
   def scale_at(
     self, t: jax.Array | None, dtype: jnp.dtype | None = None
@@ -127,14 +141,20 @@ class Guidance:
     return xp.where((low <= t) & (t <= high), s, 1)
 
   def apply(
-    self, cond: jax.Array, uncond: jax.Array, t: jax.Array | None
+    self,
+    cond: jax.Array,
+    uncond: jax.Array | None,
+    t: jax.Array | None,
+    guide: jax.Array | None = None,
   ) -> jax.Array:
-    """Guided prediction (1).
+    """Guided prediction (1), or (4).
 
     Args:
       cond: [b, h, w, c] prediction with the label.
-      uncond: [b, h, w, c] prediction with the null label.
+      uncond: [b, h, w, c] prediction with the null label; None where the scale
+        is 1.
       t: [b], see `scale_at`.
+      guide: [b, h, w, >= c guided] the guide's prediction; None is (1).
 
     Returns:
       [b, h, w, c] in the dtype of `cond`. A scale of exactly 1 is `cond`
@@ -150,11 +170,16 @@ class Guidance:
       )
     dtype = jnp.promote_types(cond.dtype, jnp.float32)
     s = self.scale_at(t, dtype)
-    if self.is_off:
+    if self.is_off and guide is None:
       return cond
     n = num_channels if channels == "all" else channels
-    c, u = cond[..., :n].astype(dtype), uncond[..., :n].astype(dtype)
-    guided = u + s[..., None, None, None] * (c - u)
+    c = guided = cond[..., :n].astype(dtype)
+    if not self.is_off:
+      u = uncond[..., :n].astype(dtype)
+      guided = u + s[..., None, None, None] * (c - u)
+    if guide is not None:  # (4), which at w = 0 and s = 1 is g bit for bit
+      g = guide[..., :n].astype(dtype)
+      guided = (guided - c) + (g + self.guide_scale * (c - g))
     return jnp.concatenate([guided.astype(cond.dtype), cond[..., n:]], axis=-1)
 
   def denoiser(
@@ -162,21 +187,31 @@ class Guidance:
     network: Callable[..., jax.Array],
     labels: jax.Array | None,
     null_label: int,
+    guide: Callable[..., jax.Array] | None = None,
   ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """A denoiser (x, level) -> prediction with guidance already applied.
 
     With and without label run as one batch of 2b rows, interleaved (a sample's
     two rows are neighbours), so that a batch sharded over devices stays where
-    it is. A scale of exactly 1 runs b rows.
+    it is. A scale of exactly 1 runs b rows. The guide always runs b.
 
     Args:
       network: (x [b, h, w, c], level [b], labels [b]) -> [b, h, w, c'].
       labels: [b] ints; None for an unconditional network, which allows no
         other scale than 1.
       null_label: the label that means "none".
+      guide: as `network`, with other weights; None where there is no guide.
     """
+    if self.has_guide and guide is None:
+      raise UserError(f"guide_scale={self.guide_scale} needs a guide")
+    lead = lambda x, level: guide(x, level, labels) if self.has_guide else None
     if self.is_off:
-      return lambda x, level: network(x, level, labels)
+      cond = lambda x, level: network(x, level, labels)
+      if not self.has_guide:
+        return cond
+      return lambda x, level: self.apply(
+        cond(x, level), None, level, lead(x, level)
+      )
     if labels is None:
       raise UserError(
         f"guidance scale={self.scale} needs labels; without them only 1"
@@ -188,7 +223,7 @@ class Guidance:
         jnp.repeat(x, 2, axis=0), jnp.repeat(level, 2), both.reshape(-1)
       )
       cond, uncond = jnp.moveaxis(out.reshape(-1, 2, *out.shape[1:]), 1, 0)
-      return self.apply(cond, uncond, level)
+      return self.apply(cond, uncond, level, lead(x, level))
 
     return denoiser
 

@@ -8,6 +8,8 @@ of its own, they are rows of `sampling.SOLVERS`. The module has
   SOLVERS     the process in `sampling.SOLVERS` whose solvers sample it
   ON_LATENTS  whether it is trained on latents where the config has a section
               `autoencoder`; else on images
+  check_levels  if it is there: (`config.diffusion`, levels [n] of a solver),
+              refuses levels at which the network cannot be asked
 
 and a diffusion, for a `network` (input [b, h, w, c], level as the model is told
 it [b]) -> raw output, has
@@ -23,11 +25,13 @@ it [b]) -> raw output, has
 from collections.abc import Mapping
 import types
 
-from diffit_jax.diffusion import adm, edm
+import numpy as np
+
+from diffit_jax.diffusion import adm, edm, flow
 from diffit_jax.errors import UserError
 
-KINDS = {"edm": edm, "adm": adm}
-Diffusion = edm.Process | adm.Schedule
+KINDS = {"edm": edm, "adm": adm, "flow": flow}
+Diffusion = edm.Process | adm.Schedule | flow.Flow
 
 
 def row(config: Mapping) -> types.ModuleType:
@@ -41,6 +45,13 @@ def row(config: Mapping) -> types.ModuleType:
 def make(config: Mapping) -> Diffusion:
   """The diffusion of `config.diffusion`."""
   return row(config).make(config)
+
+
+def check_levels(config: Mapping, levels: np.ndarray) -> None:
+  """Refuses levels of a solver at which the network cannot be asked."""
+  check = getattr(row(config), "check_levels", None)
+  if check:
+    check(config, levels)
 
 
 def is_latent(config: Mapping) -> bool:

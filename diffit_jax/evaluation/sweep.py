@@ -14,6 +14,7 @@ from diffit_jax.evaluation.metrics import table
 FIELDS = {
   "guidance_scale": "guidance scale",
   "guidance_power": "power of the guidance schedule",
+  "guide_scale": "weight of autoguidance",
   "steps": "solver steps",
 }
 

@@ -23,7 +23,7 @@ def describe(weights, seed: int, labels: str, codec) -> dict:
   sampler.pop("num_grid", None)
   config = json.loads(weights.config.to_json_best_effort())
   config_hash = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-  is_latent = kinds.is_latent(weights.config)
+  is_latent, guide = kinds.is_latent(weights.config), weights.guide
   return {
     "weights_sha256": hash_tree(weights.params),
     "step": weights.step,
@@ -34,6 +34,11 @@ def describe(weights, seed: int, labels: str, codec) -> dict:
     "dtype": weights.config.model.dtype,
     "matmul_precision": weights.config.matmul_precision,
     "vae": codec.hash if codec else None,
+    "guide": guide and {
+      "weights_sha256": hash_tree(guide.params),
+      "step": guide.step,
+      "ema": guide.ema,
+    },
     "about": {
       "config": weights.config.name,
       "data": weights.config.data.name,
@@ -42,6 +47,7 @@ def describe(weights, seed: int, labels: str, codec) -> dict:
       "source": weights.source,
       "uint8_rule": "adm" if is_latent else "edm",  # of `pictures`
       "vae_source": codec.source if codec else None,
+      "guide_source": guide and guide.source,
       "jax": jax.__version__,
       "device": jax.devices()[0].device_kind,
     },

@@ -6,6 +6,7 @@ size, device count and order change rounding at most.
 """
 
 from collections.abc import Callable, Mapping
+import dataclasses
 
 from absl import logging
 from flax import linen as nn
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from diffit_jax import models, sampling
-from diffit_jax.diffusion import guidance, kinds
+from diffit_jax.diffusion import kinds
 from diffit_jax.environment import PRNG
 from diffit_jax.errors import UserError
 from diffit_jax.generation.options import SamplerOptions
@@ -55,7 +56,7 @@ def make_network(
 
 
 def make_generator(
-  model: nn.Module, config: Mapping, mesh: Mesh, codec=None
+  model: nn.Module, config: Mapping, mesh: Mesh, codec=None, guide=None
 ) -> Callable[..., np.ndarray]:
   """The function (params, seed, index [b], labels [b]) -> what the model makes.
 
@@ -65,6 +66,7 @@ def make_generator(
       read.
     mesh: the batch is split over all of it, weights are replicated.
     codec: decodes the latents of a latent model.
+    guide: `weights.Weights` of the network that guides, if one does.
 
   Returns:
     A function with uint8 [b, h, w, c] images, or, of a latent model without a
@@ -74,8 +76,13 @@ def make_generator(
   model = _with_kernel(model, config["data"]["resolution"], mesh)
   is_latent = kinds.is_latent(config)
   side, channels = config["data"]["resolution"], model.channels
+  if options.guidance.has_guide and guide is None:
+    raise UserError(
+      f"guide_scale={options.guidance.guide_scale} needs a guide: give --guide"
+    )
+  guiding = guide and _with_kernel(make_model(guide.config), side, mesh)
 
-  def generate(params, seed, index, labels):
+  def generate(params, guide_params, seed, index, labels):
     streams = lambda i: jax.random.split(
       jax.random.fold_in(jax.random.key(seed, impl=PRNG), i)
     )
@@ -86,13 +93,18 @@ def make_generator(
     labels = labels if model.num_classes else None
     with jax.default_matmul_precision(config["matmul_precision"]):
       network = make_network(model, params, config)
-      denoiser = lambda rule: rule.denoiser(network, labels, model.num_classes)
+      guide_network = guide and make_network(
+        guiding, guide_params, guide.config
+      )
+      denoiser = lambda rule: rule.denoiser(
+        network, labels, model.num_classes, guide_network
+      )
       x = sampling.sample(
         denoiser(options.guidance),
         options.solver,
         noise,
         keys=keys,
-        plain=denoiser(guidance.Guidance()),
+        plain=denoiser(dataclasses.replace(options.guidance, scale=1.0)),
         skip=options.guidance.skippable,
         **options.solver_options,
       )
@@ -105,13 +117,15 @@ def make_generator(
   out = split if split.is_fully_addressable else whole
   run = jax.jit(
     generate,
-    in_shardings=(whole, whole, split, split),
+    in_shardings=(whole, whole, whole, split, split),
     out_shardings=(out, whole),
   )
 
+  guide_params = guide.params if options.guidance.has_guide else {}
+
   def generate_checked(params, seed, index, labels):
     index, labels = (place(x, split) for x in (index, labels))
-    samples, is_finite = run(params, seed, index, labels)
+    samples, is_finite = run(params, guide_params, seed, index, labels)
     _check_finite(bool(is_finite))
     samples = np.asarray(samples)
     if not is_latent:

@@ -78,7 +78,9 @@ def sample_to_folder(
   batch_size = min(batch_size, -(-num // mesh.size) * mesh.size)
   check_batch(mesh, batch_size, "batch_size")
   config, model = weights.config, generator.make_model(weights.config)
-  generate = generator.make_generator(model, config, mesh, codec)
+  generate = generator.make_generator(
+    model, config, mesh, codec, weights.guide
+  )
   classes = lambda index: choose_labels(index, seed, model.num_classes, labels)
   classes(np.arange(1))  # refuses wrong labels before anything is written
   is_latent = kinds.is_latent(config) and codec is None
@@ -196,7 +198,9 @@ def _report_skipped(weights: Weights, mesh: Mesh, seed: int, classes) -> None:
   for value in (0.0, tolerance):
     config = config.copy_and_resolve_references()
     config.sampler.guidance_tolerance = value
-    generate = generator.make_generator(model, config, mesh)
+    generate = generator.make_generator(
+      model, config, mesh, guide=weights.guide
+    )
     samples = generate(
       weights.params, seed, index.astype(np.uint32), classes(index)
     )

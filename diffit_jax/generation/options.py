@@ -37,16 +37,22 @@ class SamplerOptions:
       for name in list(fields)
       if name.startswith("guidance_")
     }
+    lead = fields.pop("guide_scale", 1.0)
     solver = fields.pop("solver")
     fields |= _parse(fields.pop("solver_options", ""))
-    guidance = _make_guidance(config, rule)
-    sampling.make_solver(solver, **fields)  # refuses unknown options now
+    guidance = dataclasses.replace(
+      _make_guidance(config, rule), guide_scale=lead
+    )
     kind = config["diffusion"]["kind"]
-    if sampling.SOLVERS[solver] != kinds.row(config["diffusion"]).SOLVERS:
+    process = kinds.row(config["diffusion"]).SOLVERS
+    if process not in sampling.SOLVERS.get(solver, [process]):
       raise UserError(
         f"solver {solver!r} is not for a model of diffusion.kind={kind!r}: use"
         f" {sampling.by_process()}"
       )
+    fields |= sampling.process_options(solver, process)
+    made = sampling.make_solver(solver, **fields)  # refuses unknown options
+    kinds.check_levels(config["diffusion"], made.levels)
     return cls(solver, fields, guidance)
 
   def num_evaluations(self) -> tuple[int, int]:

@@ -8,11 +8,19 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
+from diffit_jax.diffusion import kinds
 from diffit_jax.errors import UserError
-from diffit_jax.interop import files
+from diffit_jax.interop import files, native
 from diffit_jax.parallel.sharding import replicated
 
 RAW = "none"  # --ema=none samples from the parameters themselves
+# What a guide and its network have alike, beside the kind of diffusion.
+_ALIKE = (
+  ("data", "resolution"),
+  ("model", "channels"),
+  ("model", "num_classes"),
+  ("autoencoder", "scaling_factor"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +35,7 @@ class Weights:
       width of an average that was made from snapshots.
     source: where they came from.
     about: how an average was made from snapshots; else empty.
+    guide: the weights that guide these (autoguidance), if any do.
   """
 
   params: dict
@@ -35,6 +44,7 @@ class Weights:
   ema: str
   source: str
   about: str = ""
+  guide: "Weights | None" = None
 
 
 def read_config(workdir: str | os.PathLike) -> config_dict.ConfigDict:
@@ -56,7 +66,10 @@ def default_average(config: config_dict.ConfigDict) -> str:
 
 
 def from_workdir(
-  workdir: str | os.PathLike, mesh: Mesh, ema: str | None = None
+  workdir: str | os.PathLike,
+  mesh: Mesh,
+  ema: str | None = None,
+  step: int | None = None,
 ) -> Weights:
   """The newest readable checkpoint's EMA (or raw) parameters.
 
@@ -66,12 +79,18 @@ def from_workdir(
     ema: name of the average; None is the config's first, "none" the raw
       parameters, and a number such as "0.08" the relative width of an average
       that is made from the snapshots, at the newest of them.
+    step: the checkpoint; None is the newest.
   """
   from diffit_jax.run import checkpoint
 
   config = read_config(workdir)
   ema = ema or default_average(config)
   if ema not in (*config.ema, RAW):
+    if step is not None:
+      raise UserError(
+        f"step={step} goes with an average that checkpoints hold, one of"
+        f" {sorted(config.ema)}: ema={ema!r} is made from all snapshots"
+      )
     return _from_snapshots(workdir, mesh, config, ema)
   steps = checkpoint.list_steps(workdir)
   if not steps:
@@ -79,6 +98,9 @@ def from_workdir(
       f"{workdir} has no finished checkpoint yet: train further, a save comes"
       f" every {config.save_every_steps} steps"
     )
+  if step not in (None, *steps):
+    raise UserError(f"{workdir} has no checkpoint of step {step}, only {steps}")
+  steps = steps if step is None else [step]
   shapes = _shapes(config, mesh)
   item, target = ("params", shapes) if ema == RAW else ("ema", {ema: shapes})
   read = lambda step: (
@@ -141,6 +163,62 @@ def from_file(
     raise UserError(f"ema={ema!r}: {path} holds only {header['ema']!r}")
   params = jax.device_put(params, replicated(mesh))
   return Weights(params, config, int(header["step"]), header["ema"], str(path))
+
+
+def load_guide(
+  path: str | os.PathLike,
+  mesh: Mesh,
+  main: Weights,
+  *,
+  ema: str | None = None,
+  step: int | None = None,
+) -> Weights:
+  """Weights of a network that guides another (autoguidance).
+
+  It may be any network of the same kind of diffusion that makes the same
+  samples: a smaller one, one trained for less long, an earlier step or another
+  average. One that was trained by another objective is refused: what it
+  predicts belongs to other noise levels.
+
+  Args:
+    path: a workdir or a .safetensors file; a released one, which has no config
+      of its own, is of the main network's.
+    mesh: the devices.
+    main: the weights that are guided.
+    ema: see `from_workdir`.
+    step: the checkpoint of a workdir; None is the newest.
+
+  Raises:
+    UserError: no weights there, or not of a network that can guide this one.
+  """
+  if not str(path).endswith(".safetensors"):
+    found = from_workdir(path, mesh, ema, step)
+  elif step is not None:
+    raise UserError(f"--guide_step={step} goes with a workdir, not with {path}")
+  else:
+    config = None if native.is_native(path) else main.config
+    found = from_file(path, mesh, ema, config)
+  _check_fit(path, found.config, main.config)
+  return found
+
+
+def _check_fit(path, guide, main) -> None:
+  kinds.row(guide["diffusion"])
+  own, wanted = guide["diffusion"]["kind"], main["diffusion"]["kind"]
+  if own != wanted:
+    raise UserError(
+      f"--guide={path} was trained with diffusion.kind={own!r} and this network"
+      f" with {wanted!r}: a guide is to be trained by the same objective"
+    )
+  for section, field in _ALIKE:
+    own, wanted = (
+      config.get(section, {}).get(field) for config in (guide, main)
+    )
+    if own != wanted:
+      raise UserError(
+        f"--guide={path} has {section}.{field}={own} and this network {wanted}:"
+        " a guide makes the same samples, only worse"
+      )
 
 
 def warn_of_another_vae(config: config_dict.ConfigDict, codec) -> None:

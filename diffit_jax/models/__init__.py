@@ -15,15 +15,17 @@ __all__ = ["NETWORKS", "ImageDiffiT", "LatentDiffiT", "make_model"]
 _DTYPES = ("float32", "bfloat16")
 # What stands in config.model.name, by diffusion.kind: "file.class" here. A
 # network's file is imported when it is used.
-NETWORKS = {
-  "edm": {
-    "image_diffit": "image.ImageDiffiT",
-    "ladder": "baselines.ladder.LadderRung",
-    "song_unet": "baselines.song_unet.SongUNet",
-  },
-  "adm": {"latent_diffit": "latent.LatentDiffiT", "dit": "baselines.dit.DiT"},
+_OF_IMAGES = {
+  "image_diffit": "image.ImageDiffiT",
+  "ladder": "baselines.ladder.LadderRung",
+  "song_unet": "baselines.song_unet.SongUNet",
 }
-_FILES = NETWORKS["edm"] | NETWORKS["adm"]
+_OF_LATENTS = {
+  "latent_diffit": "latent.LatentDiffiT",
+  "dit": "baselines.dit.DiT",
+}
+_FILES = _OF_IMAGES | _OF_LATENTS
+NETWORKS = {"edm": _OF_IMAGES, "adm": _OF_LATENTS, "flow": _FILES}
 _PUBLIC = {"ImageDiffiT": "image_diffit", "LatentDiffiT": "latent_diffit"}
 
 

@@ -13,27 +13,39 @@ from diffit_jax.errors import UserError
 if TYPE_CHECKING:
   import jax
 
-  from diffit_jax.sampling.scan import Denoiser, Skip, Solver
+  from diffit_jax.sampling.scan import Denoiser, Levels, Skip, Solver
 
-# {solver: the process that it samples}: EDM's falling noise levels, or ADM's
-# discrete steps. Each solver is a module here with a function `make_solver`.
+# {solver: the processes that it samples}: EDM's falling noise levels, ADM's
+# discrete steps, or the shares of noise of flow matching. Each solver is a
+# module here with a function `make_solver`, which is told the process if there
+# are several.
 SOLVERS = {
-  "edm_heun": "edm",
-  "ddpm": "adm",
-  "ddim": "adm",
-  "dpmpp_2m": "adm",
-  "unipc": "adm",
+  "edm_heun": ("edm",),
+  "ddpm": ("adm",),
+  "ddim": ("adm",),
+  "dpmpp_2m": ("adm", "flow"),
+  "unipc": ("adm", "flow"),
+  "euler": ("flow",),
+  "heun": ("flow",),
+  "euler_maruyama": ("flow",),
 }
+# For solvers of several processes: the module here that has its `levels`.
+_LEVELS = {"adm": "discrete", "flow": "continuous"}
 
 
 def by_process() -> str:
-  """ "a for edm, and b, c or d for adm": the solvers in words."""
+  """ "a for edm; b, c or d for adm": the solvers in words."""
   texts = []
-  for process in dict.fromkeys(SOLVERS.values()):
-    *most, last = [name for name, its in SOLVERS.items() if its == process]
+  for process in dict.fromkeys(p for own in SOLVERS.values() for p in own):
+    *most, last = [name for name, own in SOLVERS.items() if process in own]
     names = f"{', '.join(most)} or {last}" if most else last
     texts.append(f"{names} for {process}")
-  return ", and ".join(texts)
+  return "; ".join(texts)
+
+
+def process_options(solver: str, process: str) -> dict:
+  """What `make_solver` is told, beside the user's options, of the process."""
+  return {"process": process} if len(SOLVERS.get(solver, ())) > 1 else {}
 
 
 def sample(
@@ -58,7 +70,9 @@ def sample(
       (x [b, h, w, c], sigma [b]) -> D [b, h, w, c], the expected clean images;
       for those of "adm" (x [b, h, w, c], t [b]) -> [b, h, w, 2c] eps and v, or
       [b, h, w, c] eps alone. t is the original step 0..999, int32; a float in
-      the dtype of `noise` if spacing="logsnr_exact".
+      the dtype of `noise` if spacing="logsnr_exact". For those of "flow", and
+      others with process="flow", (x [b, h, w, c], t [b]) -> D [b, h, w, c] with
+      t the share of noise.
     solver: one of `SOLVERS`.
     noise: [b, h, w, c] unit normal; its dtype, float32 or float64, is that of
       the computation.
@@ -67,8 +81,9 @@ def sample(
       noise. Draw k of a sample is normal(fold_in(its key, k)), so it depends on
       nothing else in the batch. Take `noise` from another stream.
     step_noise: [draws, b, h, w, c] to use in place of the keys, in call order:
-      `steps` draws for "edm_heun" with churn, "ddpm", and "ddim" with eta > 0,
-      of which the last is drawn and multiplied by 0 in the latter two.
+      `steps` draws for "edm_heun" with churn, "ddpm", "ddim" with eta > 0 and
+      "euler_maruyama", of which the last is multiplied by 0 in all but the
+      first.
       Deterministic runs read neither.
     plain: the denoiser without guidance, for where `skip` says so.
     skip: noise levels [n] of the evaluations, on the host -> bool [n],
@@ -109,7 +124,15 @@ def make_solver(name: str, steps: int, **options) -> "Solver":
   if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
     raise UserError(f"{steps=} must be a whole number above 0")
   make = importlib.import_module(f"{__name__}.{name}").make_solver
-  allowed = list(inspect.signature(make).parameters)[1:]
+  allowed = _options(make)
+  if "process" in allowed:
+    process = options.get("process", SOLVERS[name][0])
+    if process not in SOLVERS[name]:
+      raise UserError(
+        f"solver {name!r} does not sample {process=}; allowed:"
+        f" {', '.join(SOLVERS[name])}"
+      )
+    allowed += _options(_levels_of(process))
   for option in options:
     if option not in allowed:
       raise UserError(
@@ -117,3 +140,24 @@ def make_solver(name: str, steps: int, **options) -> "Solver":
         + ", ".join(allowed)
       )
   return make(steps, **options)
+
+
+def levels(process: str, steps: int, **options) -> "Levels":
+  """The levels of n steps of a process that several solvers sample.
+
+  Args:
+    process: "adm" or "flow".
+    steps: n.
+    **options: of its own `levels`.
+  """
+  return _levels_of(process)(steps, **options)
+
+
+def _levels_of(process: str):
+  return importlib.import_module(f"{__name__}.{_LEVELS[process]}").levels
+
+
+def _options(make) -> list[str]:
+  """The names of the options of a function (steps, *, ...)."""
+  parameters = [*inspect.signature(make).parameters.values()][1:]
+  return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]

@@ -8,6 +8,7 @@ has abar_k, and from the network's eps at x follows
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from diffit_jax.diffusion import adm
 from diffit_jax.diffusion.spacing import SPACINGS
 from diffit_jax.errors import UserError
-from diffit_jax.sampling.scan import Solver
+from diffit_jax.sampling.scan import Levels, Solver
 
 
 def descending(steps: int, spacing: str, num_train_steps: int) -> adm.Schedule:
@@ -34,6 +35,18 @@ def descending(steps: int, spacing: str, num_train_steps: int) -> adm.Schedule:
   s = adm.respace(num_train_steps, spacing, steps)
   names = [field.name for field in dataclasses.fields(s)]
   return adm.Schedule(**{name: getattr(s, name)[::-1] for name in names})
+
+
+def levels(
+  steps: int, *, spacing: str = "logsnr", num_train_steps: int = 1000
+) -> Levels:
+  """The steps of `descending`, for solvers that see signal and noise alone."""
+  s = descending(steps, spacing, num_train_steps)
+  return Levels(
+    np.append(s.signal, 1.0),
+    np.append(s.sigma, 0.0),
+    functools.partial(make_solver, s),
+  )
 
 
 def make_solver(

@@ -17,12 +17,16 @@ through the last two predictions; the integral of e^lambda is known:
 
 The local error is of third order in h. There is no D_{-1}, so the first step
 takes D~ = D_0. The last one goes to clean data, abar = 1, where h is infinite
-and (3) is x = D~; it takes D~ = D_{n-1}.
+and (3) is x = D~; it takes D~ = D_{n-1}. Flow matching (alpha = 1 - t, sigma =
+t) begins at pure noise, where lambda is minus infinity: after that step h_{i-1}
+is infinite, and (2) is D~ = D_i again. None of the coefficients needs lambda
+there: alpha_{i+1} (1 - e^-h_i) = alpha_{i+1} - alpha_i sigma_{i+1}/sigma_i.
 
-CHOICE: steps evenly in lambda. Evenly in t, the steps next to clean data are so
-much longer in lambda than those before that (2) extrapolates far: on mixtures
-of normals 10 steps then did worse than DDIM, and 20 had 9 to 26 times the error
-of even lambda. "trailing", whose last step is the long one, lies between.
+CHOICE: ADM's steps evenly in lambda. Evenly in t, the steps next to clean data
+are so much longer in lambda than those before that (2) extrapolates far: on
+mixtures of normals 10 steps then did worse than DDIM, and 20 had 9 to 26 times
+the error of even lambda. "trailing", whose last step is the long one, lies
+between.
 """
 
 from typing import NamedTuple
@@ -31,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffit_jax.sampling import discrete
+from diffit_jax import sampling
 from diffit_jax.sampling.scan import Solver
 
 
@@ -42,19 +46,18 @@ class Carry(NamedTuple):
   D: jax.Array
 
 
-def make_solver(
-  steps: int, *, spacing: str = "logsnr", num_train_steps: int = 1000
-) -> Solver:
-  """(2), (3) for a denoiser (x, t [b]) -> eps and v, or eps.
+def make_solver(steps: int, *, process: str = "adm", **options) -> Solver:
+  """(2), (3) for a denoiser (x, t [b]) -> what the process makes D of.
 
   Args:
-    steps: n, one evaluation each, at most num_train_steps.
-    spacing: which steps, of `spacing.SPACINGS`.
-    num_train_steps: T of the schedule the network was trained on.
+    steps: n, one evaluation each.
+    process: "adm" or "flow".
+    **options: of the process's `levels`: where the steps are.
   """
-  s = discrete.descending(steps, spacing, num_train_steps)
-  alpha, sigma = np.append(s.signal, 1.0), np.append(s.sigma, 0.0)
-  h = np.diff(np.log(alpha[:-1] / sigma[:-1]))  # of all steps but the last
+  levels = sampling.levels(process, steps, **options)
+  alpha, sigma = levels.alpha, levels.sigma
+  # h of all steps but the last.
+  h = np.diff(levels.half_log_snr(np.arange(steps)))
   extrapolation = np.zeros(steps)
   extrapolation[1:-1] = h[1:] / (2 * h[:-1])
   shrink = sigma[1:] / sigma[:-1]
@@ -63,8 +66,7 @@ def make_solver(
     x=shrink,
     D=alpha[1:] - shrink * alpha[:-1],  # alpha_{i+1} (1 - e^-h)
   )
-  return discrete.make_solver(
-    s,
+  return levels.make_solver(
     rows,
     _update,
     start=lambda noise: Carry(x=noise, D=jnp.zeros_like(noise)),

@@ -81,12 +81,24 @@ def make_solver(
   levels = noise_levels(
     steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho
   )
-  sigma, following = levels[:-1], levels[1:]
+  sigma = levels[:-1]
   churned = (S_min <= sigma) & (sigma <= S_max)
   gamma = np.where(churned, min(S_churn / steps, 2**0.5 - 1), 0.0)
   raised = (1 + gamma) * sigma
   added = np.sqrt(raised**2 - sigma**2) * S_noise
 
+  return along(levels, raised, added)
+
+
+def along(levels: np.ndarray, raised: np.ndarray, added: np.ndarray) -> Solver:
+  """(3)-(5) through levels at which dx/dlevel = (x - D) / level.
+
+  Args:
+    levels: [n + 1], falling to 0; unit noise times the first is the start.
+    raised: [n] level s at which each step begins.
+    added: [n] factor of z in (3).
+  """
+  steps, following = len(raised), levels[1:]
   pairs = lambda predictor, corrector: np.stack(
     np.broadcast_arrays(predictor, corrector), axis=-1
   ).reshape(-1)[:-1]  # the last step has no corrector
@@ -101,7 +113,7 @@ def make_solver(
   return Solver(
     rows=rows,
     start=lambda noise: Carry(
-      x=jnp.asarray(sigma[0], noise.dtype) * noise,
+      x=jnp.asarray(levels[0], noise.dtype) * noise,
       x_hat=jnp.zeros_like(noise),
       d=jnp.zeros_like(noise),
     ),
@@ -110,7 +122,6 @@ def make_solver(
     finish=lambda carry: carry.x,
     num_draws=steps if added.any() else 0,
   )
-
 
 def _query(carry, row, z):
   """(3) on the rows of (4); on those of (5) nothing is added."""

@@ -74,6 +74,27 @@ class Solver:
     return sum(j - i for i, j, skipped in stretches(self, skip) if skipped)
 
 
+@dataclasses.dataclass(frozen=True)
+class Levels:
+  """The n steps of a process, as solvers see it that serve several.
+
+  Attributes:
+    alpha, sigma: [n + 1] factors of clean data and of noise in x, float64, from
+      noisy to clean, where they end with 1 and 0. alpha may begin with 0.
+    make_solver: (rows, update, *, start, x_of) -> Solver; update is given the
+      clean data that the denoiser predicts as the first of its predictions.
+  """
+
+  alpha: np.ndarray
+  sigma: np.ndarray
+  make_solver: Callable[..., Solver]
+
+  def half_log_snr(self, i) -> np.ndarray:
+    """lambda_i = ln(alpha_i / sigma_i); infinite at alpha = 0 and sigma = 0."""
+    with np.errstate(divide="ignore"):
+      return np.log(self.alpha[i] / self.sigma[i])
+
+
 def run(
   denoiser: Denoiser,
   solver: Solver,

@@ -29,8 +29,11 @@ takes a_1 = 1/2, the limit of (3) at h -> 0, in place of its solution.
 Thus one evaluation per step, and an error that shrinks by one order more than
 the predictor's. The order is p as far as there are predictions, and falls
 again to 1 on the last step, which goes to clean data, where (2) is x = D_i and
-there is nothing to correct. With p = 2, B = 1 - e^-h and no corrector this is
-DPM-Solver++(2M), whose choice of steps it shares.
+there is nothing to correct. A prediction at pure noise, where lambda is minus
+infinity (flow matching begins there), is infinitely far in u: it is of no use
+to later steps, and its own step is of order 1, uncorrected. With p = 2,
+B = 1 - e^-h and no corrector this is DPM-Solver++(2M), whose choice of steps it
+shares.
 """
 
 import functools
@@ -40,8 +43,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffit_jax import sampling
 from diffit_jax.errors import UserError
-from diffit_jax.sampling import discrete
 from diffit_jax.sampling.scan import Solver
 
 VARIANTS = {"bh1": lambda h: h, "bh2": lambda h: -np.expm1(-h)}
@@ -61,37 +64,25 @@ def make_solver(
   order: int = 2,
   variant: str = "bh2",
   corrector: bool = True,
-  spacing: str = "logsnr",
-  num_train_steps: int = 1000,
+  process: str = "adm",
+  **options,
 ) -> Solver:
-  """(2)-(4) for a denoiser (x, t [b]) -> eps and v, or eps.
+  """(2)-(4) for a denoiser (x, t [b]) -> what the process makes D of.
 
   Args:
-    steps: n, one evaluation each, at most num_train_steps.
+    steps: n, one evaluation each.
     order: p, 1 to 3.
     variant: "bh1" or "bh2".
     corrector: False leaves out (4).
-    spacing: which steps, of `spacing.SPACINGS`.
-    num_train_steps: T of the schedule the network was trained on.
+    process: "adm" or "flow".
+    **options: of the process's `levels`: where the steps are.
   """
   if order not in (1, 2, 3):
     raise UserError(f"{order=} must be 1, 2 or 3")
   if variant not in VARIANTS:
     raise UserError(f"{variant=} is unknown; allowed: {', '.join(VARIANTS)}")
-  s = discrete.descending(steps, spacing, num_train_steps)
-  alpha, sigma = np.append(s.signal, 1.0), np.append(s.sigma, 0.0)
-
-  # Weights of x and of D_i, D_{i-1}, .., as far as there are any.
-  predict = np.zeros((steps, order + 2))
-  correct = np.zeros((steps, order + 2))
-  correct[0, 0] = predict[-1, 1] = 1
-  for i in range(steps - 1):
-    p = min(order, i + 1, steps - i)
-    weights = functools.partial(_weights, alpha, sigma, i, VARIANTS[variant])
-    before = [i - m for m in range(1, p)]
-    predict[i, : p + 1] = weights(before)
-    x, D, *others, D_next = weights([*before, i + 1])
-    correct[i + 1, : p + 2] = x, D_next, D, *others
+  levels = sampling.levels(process, steps, **options)
+  predict, correct = _rows(levels, steps, order, VARIANTS[variant])
 
   def update(carry, row, predicted, z):
     del z
@@ -101,8 +92,7 @@ def make_solver(
       x = _combine(row["correct"], carry.x_before, known)
     return Carry(x=_combine(row["predict"], x, known), x_before=x, D=known[:-1])
 
-  return discrete.make_solver(
-    s,
+  return levels.make_solver(
     dict(predict=predict, correct=correct),
     update,
     start=lambda noise: Carry(
@@ -112,11 +102,35 @@ def make_solver(
   )
 
 
-def _weights(alpha, sigma, i, B, others: list[int]) -> np.ndarray:
+def _rows(levels, steps: int, order: int, B) -> tuple[np.ndarray, np.ndarray]:
+  """Weights of x and of D_i, D_{i-1}, .., as far as there are any."""
+  weights = functools.partial(_weights, levels, B)
+  first = 0 if levels.alpha[0] else 1  # where lambda is finite
+  predict = np.zeros((steps, order + 2))
+  correct = np.zeros((steps, order + 2))
+  correct[0, 0] = predict[-1, 1] = 1
+  for i in range(steps - 1):
+    p = min(order, i + 1, steps - i)
+    before = [i - m for m in range(1, p) if i - m >= first]
+    plain = weights(i, before)
+    predict[i, : len(plain)] = plain
+    if i < first:
+      x, D = plain
+      correct[i + 1, :3] = x, 0, D
+      continue
+    x, D, *others, D_next = weights(i, [*before, i + 1])
+    correct[i + 1, : len(before) + 3] = x, D_next, D, *others
+  return predict, correct
+
+
+def _weights(levels, B, i: int, others: list[int]) -> np.ndarray:
   """(2) from level i to i+1: of x_i, D_i, and D at the levels `others`."""
-  half_log_snr = lambda j: np.log(alpha[j] / sigma[j])
-  h = half_log_snr(i + 1) - half_log_snr(i)
-  r = (half_log_snr(np.array(others, int)) - half_log_snr(i)) / h
+  alpha, sigma = levels.alpha, levels.sigma
+  h = levels.half_log_snr(i + 1) - levels.half_log_snr(i)
+  if not others:
+    return np.array([sigma[i + 1] / sigma[i], -alpha[i + 1] * np.expm1(-h)])
+  at = levels.half_log_snr(np.array(others, int))
+  r = (at - levels.half_log_snr(i)) / h
   a = np.full(1, 0.5)
   if len(r) != 1:  # (3), with the integrals by Gauss's rule: exact to rounding
     k = np.arange(1, len(r) + 1)[:, None]

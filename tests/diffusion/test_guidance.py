@@ -223,3 +223,97 @@ def test_mistakes_of_a_rule(kwargs, message):
 def test_interval_needs_the_level():
   with pytest.raises(UserError, match="needs the timestep"):
     Guidance(2.0, interval=(0, 1)).scale_at(None)
+
+
+class TestGuide:
+  """Autoguidance, (4) of the module."""
+
+  GUIDE = jax.random.normal(jax.random.key(1), SHAPE)
+
+  @pytest.mark.parametrize("scale", [1.0, 3.0])
+  @pytest.mark.parametrize("w", [0.0, 0.5, 2.5])
+  def test_the_equation(self, scale, w):
+    rule = Guidance(scale, "power_cosine", guide_scale=w, channels=3)
+    out = rule.apply(COND, UNCOND, T, self.GUIDE)
+    c, u, g = (np.float64(x[..., :3]) for x in (COND, UNCOND, self.GUIDE))
+    s = np.float64(rule.scale_at(T))[:, None, None, None]
+    expected = c + (s - 1) * (c - u) + (w - 1) * (c - g)
+    np.testing.assert_allclose(out[..., :3], expected, atol=1e-5)
+    np.testing.assert_array_equal(out[..., 3:], COND[..., 3:])
+
+  def test_limits_bit_for_bit(self):
+    """Led by itself nothing changes; a weight of 0 is the guide."""
+    rule = Guidance(guide_scale=2.5)
+    np.testing.assert_array_equal(rule.apply(COND, None, T, COND), COND)
+    rule = Guidance(guide_scale=0.0)
+    out = rule.apply(COND, None, T, self.GUIDE)
+    np.testing.assert_array_equal(out, self.GUIDE)
+
+  def test_who_is_evaluated_and_with_what(self):
+    """The guide with the label alone; nothing that does not matter."""
+    seen = {"main": [], "guide": []}
+
+    def network(name):
+      def run(x, level, labels):
+        seen[name].append((x.shape[0], labels.tolist()))
+        return x + labels[:, None, None, None]
+
+      return run
+
+    labels = jnp.array([1, 2, 3])
+    x, main, guide = COND, network("main"), network("guide")
+    for scale, w, rows, is_led in (
+      (1.0, 1.0, 3, False),
+      (2.0, 1.0, 6, False),
+      (1.0, 2.0, 3, True),
+      (2.0, 2.0, 6, True),
+    ):
+      rule = Guidance(scale, guide_scale=w)
+      rule.denoiser(main, labels, 10, guide)(x, T)
+      assert seen["main"].pop()[0] == rows
+      assert seen["guide"] == [(3, [1, 2, 3])] * is_led
+      seen["guide"].clear()
+    with pytest.raises(UserError, match="guide_scale=2.0 needs a guide"):
+      Guidance(guide_scale=2.0).denoiser(main, labels, 10)
+
+  def test_a_network_without_labels_is_led_too(self):
+    rule = Guidance(guide_scale=2.0)
+    denoiser = rule.denoiser(
+      lambda x, level, labels: x, None, 0, lambda x, level, labels: x / 2
+    )
+    np.testing.assert_allclose(denoiser(COND, T), 1.5 * COND, rtol=1e-6)
+
+  def test_the_guided_density_of_mixtures_is_known(self):
+    """w = 2 leads by p^2 / q: of normals of one width, again a mixture.
+
+    With p a mixture of N(m_i, v) and q = N(0, q), p^2 has the means (m_i +
+    m_j)/2, the variance v/2 and weights that overlap e^(-(m_i - m_j)^2 / 4v);
+    q takes 1/q from the precision. Every D is x + sigma^2 score.
+    """
+    means, weights, v0, q0 = np.array([-1.0, 0.7]), np.array([0.3, 0.7]), 0.2, 2
+    for sigma in (0.1, 0.5, 3.0):
+      x = np.linspace(-4, 4, 81)
+      v, q = v0 + sigma**2, q0 + sigma**2
+
+      def score(means, weights, variance, x=x):
+        d = x[:, None] - means
+        p = weights * np.exp(-(d**2) / (2 * variance))
+        return -(p * d).sum(1) / p.sum(1) / variance
+
+      i, j = np.divmod(np.arange(4), 2)
+      m, half = (means[i] + means[j]) / 2, v / 2
+      w_pair = weights[i] * weights[j]
+      w_pair = w_pair * np.exp(-((means[i] - means[j]) ** 2) / (4 * v))
+      variance = 1 / (1 / half - 1 / q)
+      centre = m / half * variance
+      # The factor that completing the square leaves.
+      w_pair = w_pair * np.exp(centre**2 / (2 * variance) - m**2 / (2 * half))
+      expected = x + sigma**2 * score(centre, w_pair, variance)
+
+      D = x + sigma**2 * score(means, weights, v)
+      D_guide = x - sigma**2 * x / q
+      shaped = lambda a: jnp.asarray(a, jnp.float32)[:, None, None, None]
+      out = Guidance(guide_scale=2.0).apply(
+        shaped(D), None, None, shaped(D_guide)
+      )
+      np.testing.assert_allclose(out[:, 0, 0, 0], expected, atol=2e-5)

@@ -13,14 +13,19 @@ from diffit_jax import sampling
 from diffit_jax.diffusion import kinds
 from diffit_jax.errors import UserError
 from diffit_jax.generation.options import SamplerOptions
-from diffit_jax.sampling import ddim, edm_heun
+from diffit_jax.sampling import ddim, edm_heun, euler
 from diffit_jax.training import objective
 
-CONFIGS = {"edm": digits, "adm": digits_latent}
+CONFIGS = {
+  "edm": (digits, "debug"),
+  "adm": (digits_latent, "debug"),
+  "flow": (digits_latent, "objective=flow,debug"),
+}
 
 
 def config_of(kind):
-  return CONFIGS[kind].get_config("debug")
+  file, variants = CONFIGS[kind]
+  return file.get_config(variants)
 
 
 @pytest.mark.parametrize("kind", kinds.KINDS)
@@ -35,8 +40,9 @@ def test_a_diffusion_trains_and_denoises_with_one_network(kind):
   losses = diffusion.train_losses(network, y, level, noise)
   assert losses.shape == (5,) and (losses > 0).all()
   assert diffusion.denoise(network, y, level).shape == y.shape
-  assert kinds.row(config.diffusion).SOLVERS in sampling.SOLVERS.values()
-  assert kinds.is_latent(config) == (kind == "adm")
+  process = kinds.row(config.diffusion).SOLVERS
+  assert any(process in served for served in sampling.SOLVERS.values())
+  assert kinds.is_latent(config) == (kind != "edm")
 
 
 def test_what_a_kind_does_not_read_is_refused():
@@ -45,8 +51,8 @@ def test_what_a_kind_does_not_read_is_refused():
     config.diffusion.P_std = 1.0
   with pytest.raises(UserError, match="P_std=1.0 is for diffusion.kind='edm'"):
     kinds.check_fields(config.diffusion)
-  with pytest.raises(UserError, match=r"kind='flow': use one of \('edm', 'adm"):
-    kinds.make({"kind": "flow"})
+  with pytest.raises(UserError, match=r"kind='ddpm': use one of \('edm', 'adm"):
+    kinds.make({"kind": "ddpm"})
 
 
 class Straight:
@@ -93,10 +99,11 @@ def test_a_new_kind_is_one_row(monkeypatch):
 
 
 def test_a_new_solver_is_one_file_and_one_row(monkeypatch):
-  monkeypatch.setitem(sampling.SOLVERS, "edm_twin", "edm")
+  monkeypatch.setitem(sampling.SOLVERS, "edm_twin", ("edm",))
   monkeypatch.setitem(sys.modules, "diffit_jax.sampling.edm_twin", edm_heun)
   assert sampling.by_process() == (
-    "edm_heun or edm_twin for edm, and ddpm, ddim, dpmpp_2m or unipc for adm"
+    "edm_heun or edm_twin for edm; ddpm, ddim, dpmpp_2m or unipc for adm;"
+    " dpmpp_2m, unipc, euler, heun or euler_maruyama for flow"
   )
   made = sampling.make_solver("edm_twin", 18, rho=5.0)
   np.testing.assert_array_equal(
@@ -107,11 +114,13 @@ def test_a_new_solver_is_one_file_and_one_row(monkeypatch):
   assert SamplerOptions.from_config(config).solver == "edm_twin"
   config = config_of("adm")
   config.sampler.solver = "edm_twin"
-  with pytest.raises(UserError, match="use edm_heun or edm_twin for edm, and "):
+  with pytest.raises(UserError, match="use edm_heun or edm_twin for edm; "):
     SamplerOptions.from_config(config)
 
 
 def test_every_row_is_a_module_of_its_name():
   for name in sampling.SOLVERS:
     module = sampling.make_solver(name, 4).query.__module__
-    assert module in (f"diffit_jax.sampling.{name}", ddim.discrete.__name__)
+    shared = (ddim.discrete, euler.continuous, edm_heun)
+    own = f"diffit_jax.sampling.{name}"
+    assert module in (own, *(each.__name__ for each in shared))

