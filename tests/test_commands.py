@@ -257,7 +257,11 @@ def test_several_hosts_of_a_tpu_are_refused(monkeypatch):
 def test_wrong_sampling_input(workdir, tmp_path):
   for options, message in (
     ("--labels=12", "beyond the model's classes 0..9"),
-    ("--solver=euler", "solver 'euler' is unknown; allowed: edm_heun"),
+    ("--solver=rk4", "solver 'rk4' is unknown; allowed: edm_heun"),
+    ("--solver=euler", "not for a model of diffusion.kind='edm': use edm_heun"),
+    ("--guide=x", "--guide goes with --guide_scale"),
+    ("--guide_scale=2", "--guide_scale goes with --guide"),
+    (f"--guide={workdir} --guide_step=3 --guide_scale=2", "no checkpoint of"),
     ("--steps=0", "steps=0"),
     ("--ema=swa", r"ema='swa': this run has \['edm'\]"),
   ):

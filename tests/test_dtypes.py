@@ -22,26 +22,27 @@ SOLVERS = {
   "ddim": dict(eta=0.5),
   "dpmpp_2m": {},
   "unipc": dict(order=3),
+  "euler_maruyama": dict(diffusion="sin2"),
 }
+SERVED = [(solver, p) for solver, own in sampling.SOLVERS.items() for p in own]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("solver", sampling.SOLVERS)
-def test_solvers(x64, solver, dtype):
+@pytest.mark.parametrize("solver, process", SERVED)
+def test_solvers(x64, solver, process, dtype):
   seen = []
 
   def denoiser(x, level):
     seen.append((str(x.dtype), str(level.dtype)))
-    return x if solver == "edm_heun" else vp.curved(x, level.astype(x.dtype))
+    return vp.curved(x, level.astype(x.dtype)) if process == "adm" else x
 
-  run = functools.partial(
-    sampling.sample, denoiser, solver, steps=3, **SOLVERS[solver]
-  )
+  options = sampling.process_options(solver, process) | SOLVERS.get(solver, {})
+  run = functools.partial(sampling.sample, denoiser, solver, steps=3, **options)
   noise = jax.ShapeDtypeStruct(SHAPE, dtype)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
   out = jax.eval_shape(lambda z, k: run(z, keys=k), noise, keys)
   # Steps are whole numbers of the default type, so that t / 1000 is float64.
-  level = dtype if solver == "edm_heun" else "int64"
+  level = "int64" if process == "adm" else dtype
   assert out.dtype == dtype and set(seen) == {(dtype, level)}
 
 
