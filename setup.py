@@ -52,6 +52,11 @@ setuptools.setup(
     "gcp": ["gcsfs>=2024.6"],  # workdirs in gs:// buckets
     "plan": ["libtpu>=0.0.30"],
     "prepare": _PREPARE,  # CIFAR-10
+    "web": [
+      # Older ones do without a bound on Pillow, and are of another time.
+      "gradio>=6.20",
+    ],
     "test": _TEST,
+    "test-web": [*_TEST, "playwright>=1.50"],
   },
 )

@@ -15,25 +15,25 @@ the share of a token's weight that lands on other tokens (total variation),
 averaged over tokens, heads and --num samples.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import pathlib
 
 from absl import flags
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from ml_collections import config_dict
 import numpy as np
 
 from diffit_jax import cli, models, paths, sampling
-from diffit_jax.diffusion import kinds
 from diffit_jax.environment import PRNG
 from diffit_jax.generation import generator, weights
+from diffit_jax.generation.attention_maps import (
+  attention_weights,
+  centre_map,
+  network_order,
+)
 from diffit_jax.generation.labels import choose_labels
 from diffit_jax.generation.options import SamplerOptions
-from diffit_jax.models import attention, latent
-from diffit_jax.models.kernels import plain
 from diffit_jax.parallel.mesh import make_mesh
 from diffit_jax.sampling.scan import Denoiser, Solver
 
@@ -128,80 +128,6 @@ def trajectory(
     level = jnp.broadcast_to(level, shape[:1])
     yield x, level
     carry = solver.update(carry, row, denoiser(x, level), z)
-
-
-def attention_weights(
-  model: nn.Module, config: config_dict.ConfigDict, labels
-) -> Callable[..., dict[str, jax.Array]]:
-  """(params, x, level) -> {block: softmax of (6), [b, windows, heads, n, n]}.
-
-  The network runs as it samples; each attention leaves its q, k and bias, of
-  which the weights are made again.
-  """
-  if config.model.get("scan_blocks"):
-    model = model.clone(scan_blocks=False)
-
-  def run(params, x, level):
-    if config.model.get("scan_blocks"):
-      params = latent.unstack_blocks(params)
-    found = {}
-
-    def network(x, level):
-      out, left = model.apply(
-        {"params": params}, x, level, labels, mutable=["intermediates"]
-      )
-      found.update(_flatten(left["intermediates"]))
-      return out
-
-    kinds.make(config.diffusion).denoise(network, x, level)
-    return {
-      name: plain.attention_weights(*inputs)
-      for name, inputs in found.items()
-    }
-
-  return run
-
-
-def _flatten(left: Mapping, prefix: str = "") -> dict[str, tuple]:
-  """{block: (q, k, bias)} of what all attentions left."""
-  found = {}
-  for name, value in left.items():
-    if name == attention.INPUTS:
-      found[prefix.partition("/")[0]] = value[0]
-    else:
-      found |= _flatten(value, f"{prefix}/{name}" if prefix else name)
-  return found
-
-
-def network_order(block: str) -> tuple:
-  """Sorts encoder_0_block_0, ..., decoder_0_block_1; and blocks_0, blocks_1."""
-  part, *numbers = block.split("_")
-  numbers = [int(number) for number in numbers if number.isdigit()]
-  if part == "decoder":
-    return 1, -numbers[0], *numbers[1:]
-  return 0, *numbers
-
-
-def centre_map(weights: np.ndarray) -> np.ndarray:
-  """What the centre token reads.
-
-  Args:
-    weights: [windows, heads, n, n], windows and tokens numbered along rows.
-
-  Returns:
-    [side, side] mean over heads; NaN outside of the token's window.
-  """
-  windows, _, n, _ = weights.shape
-  across, window = round(windows**0.5), round(n**0.5)
-  centre = across * window // 2
-  number, place = divmod(centre, window)
-  row = weights[number * across + number, :, place * window + place].mean(0)
-  out = np.full([across * window] * 2, np.nan)
-  start = number * window
-  out[start : start + window, start : start + window] = row.reshape(
-    window, window
-  )
-  return out
 
 
 def moved(weights: np.ndarray) -> float:

@@ -25,6 +25,13 @@ def to_uint8(x, rule: str = "edm"):
   return RULES[rule](x).clip(0, 255).astype(np.uint8)
 
 
+def stretched(x: np.ndarray) -> np.ndarray:
+  """[h, w, c] floats as uint8 from least to greatest, with 1 or 3 channels."""
+  x = x[..., :3] if x.shape[-1] >= 3 else x[..., :1]
+  x = (x - x.min()) / max(float(np.ptp(x)), 1e-12)
+  return (255 * x).astype(np.uint8)
+
+
 def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
   """[n, h, w, c] -> [rows h, columns w, c], along rows; gaps are 0."""
   images = np.asarray(images)

@@ -19,6 +19,7 @@ class WeightsFlags:
   workdir: flags.FlagHolder
   checkpoint: flags.FlagHolder
   config: flags.FlagHolder
+  step: flags.FlagHolder
 
   @property
   def sources(self) -> dict[str, str | None]:
@@ -31,10 +32,14 @@ class WeightsFlags:
 
     config = self.config.value and config_files.required(self.config)
     if not self.workdir.value:
+      if self.step.value is not None:
+        raise UserError("--step goes with --workdir: a file has one step")
       return weights.from_file(self.checkpoint.value, mesh, ema, config)
     if config is not None:
       raise UserError("--config goes with --checkpoint: a workdir has its own")
-    return weights.from_workdir(self.workdir.value, mesh, ema)
+    return weights.from_workdir(
+      self.workdir.value, mesh, ema, self.step.value
+    )
 
 
 def define_weights_flags() -> WeightsFlags:
@@ -46,6 +51,9 @@ def define_weights_flags() -> WeightsFlags:
     ),
     config=config_files.define_flag(
       "Config of a --checkpoint that has none of its own, as released weights."
+    ),
+    step=flags.DEFINE_integer(
+      "step", None, "Checkpoint of the workdir. Default: the newest.", 0
     ),
   )
 

@@ -72,39 +72,19 @@ def make_generator(
     A function with uint8 [b, h, w, c] images, or, of a latent model without a
     codec, float32 latents as the VAE gives them (unscaled).
   """
-  options = SamplerOptions.from_config(config)
-  model = _with_kernel(model, config["data"]["resolution"], mesh)
-  is_latent = kinds.is_latent(config)
-  side, channels = config["data"]["resolution"], model.channels
-  if options.guidance.has_guide and guide is None:
-    raise UserError(
-      f"guide_scale={options.guidance.guide_scale} needs a guide: give --guide"
-    )
-  guiding = guide and _with_kernel(make_model(guide.config), side, mesh)
+  recipe = Recipe.make(model, config, mesh, guide)
+  options, is_latent = recipe.options, kinds.is_latent(config)
 
   def generate(params, guide_params, seed, index, labels):
-    streams = lambda i: jax.random.split(
-      jax.random.fold_in(jax.random.key(seed, impl=PRNG), i)
-    )
-    noise_keys, keys = jnp.swapaxes(jax.vmap(streams)(index), 0, 1)
-    noise = jax.vmap(
-      lambda key: jax.random.normal(key, (side, side, channels), jnp.float32)
-    )(noise_keys)
-    labels = labels if model.num_classes else None
+    noise, keys = recipe.noise_and_keys(seed, index)
+    guided, plain = recipe.denoisers(params, guide_params, labels)
     with jax.default_matmul_precision(config["matmul_precision"]):
-      network = make_network(model, params, config)
-      guide_network = guide and make_network(
-        guiding, guide_params, guide.config
-      )
-      denoiser = lambda rule: rule.denoiser(
-        network, labels, model.num_classes, guide_network
-      )
       x = sampling.sample(
-        denoiser(options.guidance),
+        guided,
         options.solver,
         noise,
         keys=keys,
-        plain=denoiser(dataclasses.replace(options.guidance, scale=1.0)),
+        plain=plain,
         skip=options.guidance.skippable,
         **options.solver_options,
       )
@@ -121,23 +101,92 @@ def make_generator(
     out_shardings=(out, whole),
   )
 
-  guide_params = guide.params if options.guidance.has_guide else {}
-
   def generate_checked(params, seed, index, labels):
     index, labels = (place(x, split) for x in (index, labels))
-    samples, is_finite = run(params, guide_params, seed, index, labels)
-    _check_finite(bool(is_finite))
-    samples = np.asarray(samples)
-    if not is_latent:
-      return samples
-    samples = samples / np.float32(config["autoencoder"]["scaling_factor"])
-    if codec is None:
-      return samples
-    images = np.asarray(codec.decode(samples))
-    _check_finite(np.isfinite(images).all())
-    return to_uint8(images, "adm")
+    samples, is_finite = run(params, recipe.guide_params, seed, index, labels)
+    check_finite(bool(is_finite))
+    return as_made(np.asarray(samples), config, codec)
 
   return generate_checked
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What decides a config's samples, beside the weights.
+
+  Attributes:
+    config: the whole config.
+    options: its section `sampler`, sorted.
+    model: its network, with the kernel that it samples with.
+    guide_config, guide_model: of the network that guides; None without one.
+    guide_params: that network's parameters; {} without one.
+  """
+
+  config: Mapping
+  options: SamplerOptions
+  model: nn.Module
+  guide_config: Mapping | None
+  guide_model: nn.Module | None
+  guide_params: dict
+
+  @classmethod
+  def make(cls, model, config, mesh: Mesh, guide=None) -> "Recipe":
+    """Probes the kernels; arguments as in `make_generator`."""
+    options, side = SamplerOptions.from_config(config), _side(config)
+    model = _with_kernel(model, side, mesh)
+    if not options.guidance.has_guide:
+      return cls(config, options, model, None, None, {})
+    if guide is None:
+      raise UserError(
+        f"guide_scale={options.guidance.guide_scale} needs a guide: give"
+        " --guide"
+      )
+    guide_model = _with_kernel(make_model(guide.config), side, mesh)
+    return cls(config, options, model, guide.config, guide_model, guide.params)
+
+  def noise_and_keys(self, seed, index: jax.Array) -> tuple:
+    """Initial noise [b, h, w, c] and keys [b] of samples of one seed."""
+    streams = lambda i: jax.random.split(
+      jax.random.fold_in(jax.random.key(seed, impl=PRNG), i)
+    )
+    noise_keys, keys = jnp.swapaxes(jax.vmap(streams)(index), 0, 1)
+    shape = (_side(self.config), _side(self.config), self.model.channels)
+    normal = lambda key: jax.random.normal(key, shape, jnp.float32)
+    return jax.vmap(normal)(noise_keys), keys
+
+  def denoisers(self, params, guide_params, labels: jax.Array) -> tuple:
+    """(guided, without the unconditional half) of samples with labels [b]."""
+    num_classes, rule = self.model.num_classes, self.options.guidance
+    labels = labels if num_classes else None
+    network = make_network(self.model, params, self.config)
+    guide = self.guide_model and make_network(
+      self.guide_model, guide_params, self.guide_config
+    )
+    without = dataclasses.replace(rule, scale=1.0)
+    make = lambda rule: rule.denoiser(network, labels, num_classes, guide)
+    return make(rule), make(without)
+
+
+def as_made(samples: np.ndarray, config: Mapping, codec=None) -> np.ndarray:
+  """What a solver ends with as images, or as latents without a codec.
+
+  Args:
+    samples: uint8 images, or scaled latents of a latent model.
+    config: the whole config.
+    codec: decodes latents.
+  """
+  if not kinds.is_latent(config):
+    return samples
+  samples = samples / np.float32(config["autoencoder"]["scaling_factor"])
+  if codec is None:
+    return samples
+  images = np.asarray(codec.decode(samples))
+  check_finite(np.isfinite(images).all())
+  return to_uint8(images, "adm")
+
+
+def _side(config: Mapping) -> int:
+  return config["data"]["resolution"]
 
 
 def make_model(config: Mapping) -> nn.Module:
@@ -167,14 +216,14 @@ def _with_kernel(model: nn.Module, side: int, mesh: Mesh) -> nn.Module:
 
 def sample_shape(config: Mapping, codec=None) -> tuple[int, int, int]:
   """[h, w, c] of what a generator of these makes."""
-  side, channels = config["data"]["resolution"], config["model"]["channels"]
+  side, channels = _side(config), config["model"]["channels"]
   if codec is None or not kinds.is_latent(config):
     return side, side, channels
   latents = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
   return jax.eval_shape(codec.decode_fn, codec.params, latents).shape[1:]
 
 
-def _check_finite(is_finite: bool) -> None:
+def check_finite(is_finite: bool) -> None:
   if not is_finite:
     raise UserError(
       "a sample has values that are not finite, and nothing of its batch was"

@@ -226,7 +226,7 @@ def _new_name(name: str) -> str:
 
 
 def _file_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Of a parameter, as the file stores it: outputs first, then inputs."""
+  """A parameter's shape as the file stores it: outputs first, then inputs."""
   return tuple(shape[i] for i in _file_axes(len(shape)))
 
 

@@ -122,7 +122,7 @@ def instructions(module: hlo.Module) -> Iterator[tuple[str, hlo.Instruction]]:
 
 
 def _kind(line: hlo.Instruction) -> str:
-  """Of KINDS, for a collective."""
+  """The kind, one of KINDS, of a collective."""
   if line.opcode == "send":
     sent = re.search(r'_megascale_transfer_type="(\w+)"', line.attributes)
     kind = sent.group(1).lower().replace("_", "-") if sent else "send"

@@ -137,7 +137,7 @@ def missing(plan: Plan) -> list[str]:
 
 
 def versions() -> dict[str, str | None]:
-  """Of what compiled."""
+  """The versions of what compiles."""
   found = {}
   for name in ("jax", "jaxlib", "libtpu"):
     try:

@@ -92,7 +92,7 @@ class Instruction:
     return found and found.group(1)
 
   def index(self) -> int:
-    """Of a get-tuple-element or a parameter."""
+    """The number of a get-tuple-element or a parameter."""
     text = self.attribute("index") or self.argument
     return int(text)
 

@@ -70,11 +70,13 @@ def make_solver(
     num_draws: see `Solver`.
   """
 
-  def predict_and_update(carry, row, out, z):
-    x = x_of(carry)
+  def predict(x, row, out):
     eps, v = adm.split_output(out, x.shape[-1])
     x0 = row["x_to_x0"] * x - row["eps_to_x0"] * eps  # (1)
-    return update(carry, row, (x0, eps, v), z)
+    return x0, eps, v
+
+  def predict_and_update(carry, row, out, z):
+    return update(carry, row, predict(x_of(carry), row, out), z)
 
   shared = dict(t=s.timesteps, x_to_x0=s.x_to_x0, eps_to_x0=s.eps_to_x0)
   return Solver(
@@ -85,4 +87,5 @@ def make_solver(
     finish=x_of,
     num_draws=num_draws,
     level="t",
+    clean=lambda x, row, out: predict(x, row, out)[0],
   )

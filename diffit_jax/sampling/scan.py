@@ -22,7 +22,6 @@ body to compile per change.
 
 from collections.abc import Callable
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -51,6 +50,7 @@ class Solver:
     num_draws: noise tensors that a run uses, numbered from 0. With 0 the solver
       is deterministic and z is None.
     level: which table of `rows` holds the level of each evaluation.
+    clean: (x, row, out) -> the clean data that an output stands for.
   """
 
   rows: dict[str, np.ndarray]
@@ -60,6 +60,7 @@ class Solver:
   finish: Callable[[Any], jax.Array]
   num_draws: int = 0
   level: str = "sigma"
+  clean: Callable[..., jax.Array] = lambda x, row, out: out
 
   @property
   def levels(self) -> np.ndarray:
@@ -113,29 +114,89 @@ def run(
     )
   if (plain is None) != (skip is None):
     raise UserError("plain and skip belong together: give both or neither")
-  batch, dtype = len(noise), noise.dtype
-  draw = _drawer(solver, noise, keys, step_noise)
-  rows = {
+  draw = drawer(solver, noise, keys, step_noise)
+  rows = _tables(solver, noise.dtype)
+  carry = solver.start(noise)
+  for start, stop, is_skipped in stretches(solver, skip):
+    chosen = plain if is_skipped else denoiser
+    carry, _ = jax.lax.scan(
+      lambda carry, row, chosen=chosen: (
+        _evaluate(solver, chosen, noise, draw, carry, row),
+        None,
+      ),
+      carry,
+      {name: table[start:stop] for name, table in rows.items()},
+    )
+  return solver.finish(carry)
+
+
+def advance(
+  denoiser: Denoiser,
+  solver: Solver,
+  like: jax.Array,
+  draw: Callable | None,
+  carry: Any,
+  start: jax.Array,
+  stop: jax.Array,
+) -> Any:
+  """The evaluations from `start` up to `stop` alone, which may be traced.
+
+  A run in parts, as for somebody who watches, ends with the samples of `run`,
+  to rounding.
+
+  Args:
+    denoiser: guided or plain, as `stretches` says of these evaluations.
+    solver: the solver.
+    like: an array of the samples' shape and dtype.
+    draw: from `drawer`.
+    carry: from `solver.start`, or an earlier part.
+    start, stop: numbers of evaluations.
+  """
+  rows = _tables(solver, like.dtype)
+
+  def body(i, carry):
+    row = {name: table[i] for name, table in rows.items()}
+    return _evaluate(solver, denoiser, like, draw, carry, row)
+
+  return jax.lax.fori_loop(start, stop, body, carry)
+
+
+def look(
+  denoiser: Denoiser,
+  solver: Solver,
+  like: jax.Array,
+  draw: Callable | None,
+  carry: Any,
+  i: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """What evaluation i sees and says: (x, level [b], clean data).
+
+  Arguments as in `advance`, with the carry that comes before evaluation i.
+  """
+  row = {name: table[i] for name, table in _tables(solver, like.dtype).items()}
+  z = draw(row["draw"]) if solver.num_draws else None
+  _, x, level = solver.query(carry, row, z)
+  level = jnp.broadcast_to(level, (len(like),))
+  out = denoiser(x, level).astype(like.dtype)
+  return x, level, solver.clean(x, row, out)
+
+
+def _tables(solver: Solver, dtype: jnp.dtype) -> dict[str, jax.Array]:
+  """The solver's rows, floats in the working dtype."""
+  return {
     name: jnp.asarray(
       table, dtype if np.issubdtype(table.dtype, np.floating) else None
     )
     for name, table in solver.rows.items()
   }
 
-  def evaluate(denoiser, carry, row):
-    z = draw(row["draw"]) if solver.num_draws else None
-    carry, x, level = solver.query(carry, row, z)
-    out = denoiser(x, jnp.broadcast_to(level, (batch,)))
-    return solver.update(carry, row, out.astype(dtype), z), None
 
-  carry = solver.start(noise)
-  for start, stop, is_skipped in stretches(solver, skip):
-    carry, _ = jax.lax.scan(
-      functools.partial(evaluate, plain if is_skipped else denoiser),
-      carry,
-      {name: table[start:stop] for name, table in rows.items()},
-    )
-  return solver.finish(carry)
+def _evaluate(solver, denoiser, like, draw, carry, row):
+  """(1), once."""
+  z = draw(row["draw"]) if solver.num_draws else None
+  carry, x, level = solver.query(carry, row, z)
+  out = denoiser(x, jnp.broadcast_to(level, (len(like),)))
+  return solver.update(carry, row, out.astype(like.dtype), z)
 
 
 def stretches(solver: Solver, skip: Skip | None) -> list[tuple[int, int, bool]]:
@@ -169,8 +230,17 @@ def _runs(marked: np.ndarray) -> list[tuple[int, int, bool]]:
   return [(int(i), int(j), bool(marked[i])) for i, j in zip(ends, ends[1:])]
 
 
-def _drawer(solver, noise, keys, step_noise):
-  """A function from the number of a draw to its noise, [b, h, w, c]."""
+def drawer(
+  solver: Solver,
+  noise: jax.Array,
+  keys: jax.Array | None,
+  step_noise: jax.Array | None = None,
+) -> Callable[[jax.Array], jax.Array] | None:
+  """A function from the number of a draw to its noise, [b, h, w, c].
+
+  None for a solver that draws nothing; arguments as in `sampling.sample`, of
+  noise only shape and dtype.
+  """
   if not solver.num_draws:
     return None
   if step_noise is not None:

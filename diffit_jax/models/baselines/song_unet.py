@@ -155,7 +155,7 @@ class SongUNet(Network):
 
   @property
   def taps(self) -> tuple[int, ...]:
-    """Of the filter that resizes."""
+    """The taps of the filter that resizes."""
     return (1, 3, 3, 1) if self.pyramid else (1, 1)
 
   @property
