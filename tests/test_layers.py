@@ -44,6 +44,10 @@ MAY_IMPORT = {
     "diffusion",  # whether samples are latents
     "generation",  # makes samples
   },
+  "web": {
+    *("models", "diffusion", "sampling", "autoencoder", "parallel", "run"),
+    *("generation", "evaluation"),
+  },
 }
 
 
@@ -152,7 +156,8 @@ def test_the_check_sees_what_is_imported():
 
 
 @pytest.mark.parametrize(
-  "entry", ["main", "sample", "evaluate", "export", "prepare", "plan", "demo"]
+  "entry",
+  "main sample evaluate export prepare plan demo explore".split(),
 )
 def test_entry_points_are_light_until_they_work(entry):
   assert loaded(f"import diffit_jax.{entry}") == set()
@@ -237,4 +242,4 @@ def test_the_house_stays_flat():
   print(f"depth {len(longest) - 1}: {' > '.join(longest)}")
   print(f"{inside} imports inside functions")
   assert len(longest) - 1 <= 9
-  assert inside <= 110
+  assert inside <= 125  # 12 more are those of the page, of an extra

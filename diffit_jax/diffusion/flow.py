@@ -153,7 +153,7 @@ class Flow:
       [b, h, w, c], at least float32, the expected clean data.
     """
     x = at_least_float32(x)
-    F = network(x, self.time_scale * t).astype(x.dtype)
+    F = self._predict(network, x, t).astype(x.dtype)
     return CLEAN[self.prediction](F, x, per_sample(t))
 
   def train_losses(
@@ -162,9 +162,19 @@ class Flow:
     """[b] losses (3) of clean data y and their noise, at least float32."""
     y, noise = at_least_float32(y), at_least_float32(noise)
     x = (1 - per_sample(t)) * y + per_sample(t) * noise  # (1)
-    F = at_least_float32(network(x, self.time_scale * t))
+    F = at_least_float32(self._predict(network, x, t))
     error = F - _TARGET[self.prediction](y, noise)
     return self.loss_weight(t) * jnp.mean(error**2, axis=(1, 2, 3))
+
+  def _predict(self, network: Callable, x: jax.Array, t: jax.Array):
+    """F, refused where it is not of the shape of x."""
+    F = network(x, self.time_scale * t)
+    if F.shape != x.shape:
+      raise UserError(
+        f"the network gives {F.shape[-1]} channels for data with"
+        f" {x.shape[-1]}: a flow has no variance, set model.learn_sigma=False"
+      )
+    return F
 
 
 def shifted(t, shift: float):

@@ -193,6 +193,12 @@ def test_what_there_is_not_is_refused(fields, message):
     flow.make(fields)
 
 
+def test_a_network_with_a_variance_is_refused():
+  twice = lambda x, told: jnp.concatenate([x, x], -1)
+  with pytest.raises(UserError, match="gives 4 channels for data with 2"):
+    flow.Flow().denoise(twice, jnp.zeros(SHAPE), jnp.ones(5))
+
+
 @pytest.mark.parametrize(
   "changes, message",
   [
