@@ -127,7 +127,8 @@ def _check_flags() -> None:
   cli.require_one_of(samples=_SAMPLES.value, **_WEIGHTS.sources)
   cli.require_one_of(reference=_REFERENCE.value)
   if _SAMPLES.value:
-    for flag in (_SWEEP, _KEEP, _WEIGHTS.config):
+    network = [*_SAMPLING.of_networks(), _WEIGHTS.config, _WEIGHTS.step]
+    for flag in (_SWEEP, _KEEP, *network):
       if flag.value is not None:
         raise UserError(
           f"--{flag.name} is for samples that are made: it goes with --workdir"

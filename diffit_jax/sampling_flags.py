@@ -86,6 +86,11 @@ class SamplingFlags:
   guide_ema: flags.FlagHolder
   guide_step: flags.FlagHolder
 
+  def of_networks(self) -> list:
+    """The flags that mean nothing for images that are there already."""
+    own = [self.ema, self.vae, self.guide, self.guide_ema, self.guide_step]
+    return [*own, *(flags.FLAGS[name] for name in _SAMPLER_FIELDS)]
+
   def open(self, source: WeightsFlags, mesh, swept: str | None = None):
     """(weights, with these flags in their config; the autoencoder or None).
 
@@ -114,7 +119,7 @@ class SamplingFlags:
         if flag.value is not None:
           raise UserError(f"--{flag.name} goes with --guide")
       if is_scaled:
-        raise UserError("--guide_scale goes with --guide: give both or neither")
+        raise UserError("guide_scale goes with --guide: give both or neither")
       return loaded
     if not is_scaled:
       raise UserError("--guide goes with --guide_scale, such as 2: 1 is off")

@@ -261,7 +261,7 @@ def test_wrong_sampling_input(workdir, tmp_path):
     ("--solver=euler", "not for a model of diffusion.kind='edm': use edm_heun"),
     ("--step=3", r"has no checkpoint of step 3, only \[\d"),
     ("--guide=x", "--guide goes with --guide_scale"),
-    ("--guide_scale=2", "--guide_scale goes with --guide"),
+    ("--guide_scale=2", "guide_scale goes with --guide"),
     (f"--guide={workdir} --guide_step=3 --guide_scale=2", "no checkpoint of"),
     ("--steps=0", "steps=0"),
     ("--ema=swa", r"ema='swa': this run has \['edm'\]"),

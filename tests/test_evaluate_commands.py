@@ -290,6 +290,7 @@ def test_mistakes_end_in_one_line(place, digits, options, statistics, data_dir):
       "with a field of guidance_scale",
     ),
     (f"{samples} {of_digits} --sweep=steps=1 --out={place}/y", "goes with"),
+    (f"{samples} {of_digits} --guide=x --out={place}/y", "--guide is for"),
     (f"--build_reference=ffhq64 --out={place}/x.json {options}", ".npz"),
     (f"--compare {place}/floats.npz", "floats.npz"),
     (

@@ -129,7 +129,8 @@ class Flow:
     else:
       draw = lambda key: jax.random.normal(key, (), jnp.float32)
       t = jax.nn.sigmoid(self.t_mean + self.t_std * jax.vmap(draw)(keys))
-    return shifted(t, self.shift)
+    # Of extreme settings rounding alone would make 0 or 1.
+    return jnp.clip(shifted(t, self.shift), 2.0**-24, 1 - 2.0**-24)
 
   def loss_weight(self, t: jax.Array) -> jax.Array:
     """(3): t [*b] in (0, 1) -> [*b], at least float32."""
@@ -190,7 +191,7 @@ def make(config: Mapping) -> Flow:
 
 def check_levels(config: Mapping, levels: np.ndarray) -> None:
   """Refuses pure noise for a network that predicts noise: (2) divides by 0."""
-  if make(config).prediction == "eps" and np.max(levels) >= 1:
+  if make(config).prediction == "eps" and np.float32(np.max(levels)) >= 1:
     raise UserError(
       "diffusion.prediction='eps' says nothing of the data at t = 1, where this"
       " solver starts: use solver_options=t_max=0.999, or less"

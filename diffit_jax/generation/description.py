@@ -38,6 +38,7 @@ def describe(weights, seed: int, labels: str, codec) -> dict:
       "weights_sha256": hash_tree(guide.params),
       "step": guide.step,
       "ema": guide.ema,
+      "dtype": guide.config.model.dtype,
     },
     "about": {
       "config": weights.config.name,

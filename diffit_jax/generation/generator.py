@@ -141,6 +141,8 @@ class Recipe:
         f"guide_scale={options.guidance.guide_scale} needs a guide: give"
         " --guide"
       )
+    made = sampling.make_solver(options.solver, **options.solver_options)
+    kinds.check_levels(guide.config["diffusion"], made.levels)
     guide_model = _with_kernel(make_model(guide.config), side, mesh)
     return cls(config, options, model, guide.config, guide_model, guide.params)
 

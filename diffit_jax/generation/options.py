@@ -39,7 +39,14 @@ class SamplerOptions:
     }
     lead = fields.pop("guide_scale", 1.0)
     solver = fields.pop("solver")
-    fields |= _parse(fields.pop("solver_options", ""))
+    options = _parse(fields.pop("solver_options", ""))
+    for name in ("solver", "steps", "process"):
+      if name in options:
+        raise UserError(
+          f"solver_options: {name} is no option of a solver; the number of steps"
+          " has a field of its own, steps"
+        )
+    fields |= options
     guidance = dataclasses.replace(
       _make_guidance(config, rule), guide_scale=lead
     )
@@ -110,6 +117,8 @@ def _parse(text: str) -> dict:
       raise UserError(
         f"solver_options={text!r}: write name=value, separated by commas"
       )
+    if name in options:
+      raise UserError(f"solver_options={text!r}: {name} stands there twice")
     try:
       options[name] = ast.literal_eval(value)
     except (SyntaxError, ValueError):

@@ -19,6 +19,8 @@ _ALIKE = (
   ("data", "resolution"),
   ("model", "channels"),
   ("model", "num_classes"),
+  ("autoencoder", "kind"),
+  ("autoencoder", "down_factor"),
   ("autoencoder", "scaling_factor"),
 )
 

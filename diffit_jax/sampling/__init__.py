@@ -6,6 +6,7 @@ read the table for their --help.
 
 import importlib
 import inspect
+import numbers
 from typing import TYPE_CHECKING
 
 from diffit_jax.errors import UserError
@@ -132,14 +133,26 @@ def make_solver(name: str, steps: int, **options) -> "Solver":
         f"solver {name!r} does not sample {process=}; allowed:"
         f" {', '.join(SOLVERS[name])}"
       )
-    allowed += _options(_levels_of(process))
-  for option in options:
+    allowed |= _options(_levels_of(process))
+  for option, value in options.items():
     if option not in allowed:
+      named = ", ".join(each for each in allowed if each != "process")
       raise UserError(
-        f"solver {name!r} has no option {option!r}; allowed: "
-        + ", ".join(allowed)
+        f"solver {name!r} has no option {option!r}; allowed: {named}"
       )
+    if not _is_like(value, allowed[option]):
+      kind = {bool: "True or False", int: "a whole number", str: "a name"}.get(
+        type(allowed[option]), "a number"
+      )
+      raise UserError(f"solver {name!r}: {option}={value!r} must be {kind}")
   return make(steps, **options)
+
+
+def _is_like(value, default) -> bool:
+  """Whether an option's value is of the kind of its default."""
+  if isinstance(default, float) and not isinstance(value, bool):
+    return isinstance(value, numbers.Real)
+  return type(value) is type(default)
 
 
 def levels(process: str, steps: int, **options) -> "Levels":
@@ -157,7 +170,7 @@ def _levels_of(process: str):
   return importlib.import_module(f"{__name__}.{_LEVELS[process]}").levels
 
 
-def _options(make) -> list[str]:
-  """The names of the options of a function (steps, *, ...)."""
+def _options(make) -> dict:
+  """{option: its default} of a function (steps, *, ...)."""
   parameters = [*inspect.signature(make).parameters.values()][1:]
-  return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+  return {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}

@@ -35,10 +35,10 @@ def shares_of_noise(
     t_max: where to start, above 0 and at most 1. A network that predicts noise
       says nothing of the data at 1, and starts below.
   """
-  if not 0 < shift < np.inf:
-    raise UserError(f"{shift=} must be above 0, and finite")
-  if not 0 < t_max <= 1:
-    raise UserError(f"{t_max=} must be above 0 and at most 1")
+  if not 1e-3 <= shift <= 1e3:
+    raise UserError(f"{shift=} must be from 0.001 to 1000")
+  if not 1e-3 <= t_max <= 1:
+    raise UserError(f"{t_max=} must be from 0.001 to 1")
   return t_max * flow.shifted(1 - np.arange(steps + 1) / steps, shift)
 
 

@@ -10,14 +10,21 @@ diffusion coefficient g^2(t) >= 0. A step of length d = t_i - t_{i+1} is
 
   x_{i+1} = x_i - d v_i - g_i^2 d eps_i / (2 t_i) + g_i sqrt(d) z    (2)
 
-and the last one, to clean data, is without noise and with g = 0: x = D. With
+and the last one, to clean data, is without noise and with g = 0: x = D. Near
+there the noise that is left, x - (1 - t) D, shrinks by 1 - d/t - g^2 d/(2 t^2)
+a step, which must not overshoot. Any g^2 has the same marginals, so
+
+  g_i^2 is at most t_i t_{i+1} / d,                                  (3)
+
+which of many steps "constant" alone reaches, near t = 0; on the last it is 0.
+With
 
   "sigma"     g^2 = scale t
   "constant"  g^2 = scale
   "sin2"      g^2 = scale sin^2(pi t)
 
-the drift g^2 / (2t) is bounded at t = 0 for the first and the third. scale = 0
-is Euler's method.
+the drift g^2 / (2t) is bounded at t = 0 for the first and the third; only they
+have an order. scale = 0 is Euler's method.
 """
 
 import numpy as np
@@ -57,8 +64,7 @@ def make_solver(
     raise UserError(f"{scale=} must be at least 0, and finite")
   levels = continuous.shares_of_noise(steps, shift=shift, t_max=t_max)
   t, d = levels[:-1], -np.diff(levels)
-  g2 = scale * DIFFUSIONS[diffusion](t)
-  g2[-1] = 0
+  g2 = np.minimum(scale * DIFFUSIONS[diffusion](t), t * levels[1:] / d)  # (3)
   drift = g2 * d / (2 * t**2)  # of x - (1 - t) D, which is t eps
   rows = dict(
     x=levels[1:] / t - drift,

@@ -141,6 +141,15 @@ def test_uniform_times_are_never_at_an_end(monkeypatch):
 
 
 @pytest.mark.parametrize(
+  "fields",
+  [dict(shift=1000.0), dict(shift=1e-3), dict(time="logit_normal", t_std=20.0)],
+)
+def test_extreme_times_are_never_at_an_end(fields):
+  t = drawn(**fields)
+  assert 0 < t.min() and t.max() < 1
+
+
+@pytest.mark.parametrize(
   "config, time_scale",
   [
     (imagenet256, 1000.0),
@@ -160,23 +169,23 @@ def test_what_the_network_is_told(config, time_scale):
   assert len(told) == 2
 
 
-def test_it_is_edms_denoiser_of_the_same_signal_to_noise(x64):
-  """(5), with an EDM network that knows nothing of flows."""
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_it_is_edms_denoiser_of_the_same_signal_to_noise(x64, prediction):
+  """(5), with an EDM network that knows nothing of flows, as their networks."""
   process = edm.make({"sigma_data": S, "P_mean": -1.2, "P_std": 1.2})
   network = lambda x, c_noise: jnp.sin(x) + c_noise[:, None, None, None]
   x, sigma = (1 - T4) * Y + T4 * NOISE, T / (1 - T)
   D = process.denoise(network, x / (1 - T4), sigma)
-  # EDM's x is the flow's over 1 - t: the same y, and noise of std sigma.
   as_edm = Y + sigma[:, None, None, None] * NOISE
   np.testing.assert_allclose(x / (1 - T4), as_edm)
 
   def as_flow(x, t):
-    """A flow's network that predicts clean data by EDM's."""
     a = (1 - t)[:, None, None, None]
-    return process.denoise(network, x / a, t / (1 - t))
+    D = process.denoise(network, x / a, t / (1 - t))
+    return raw(prediction, D, x, t[:, None, None, None])
 
-  made = flow.Flow("x", time_scale=1.0)
-  np.testing.assert_allclose(made.denoise(as_flow, x, T), D, rtol=1e-12)
+  made = flow.Flow(prediction, time_scale=1.0)
+  np.testing.assert_allclose(made.denoise(as_flow, x, T), D, rtol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -204,9 +213,12 @@ def test_a_network_with_a_variance_is_refused():
   [
     ({"solver": "ddpm"}, "not for a model of diffusion.kind='flow': use "),
     ({"solver": "edm_heun"}, "euler, heun or euler_maruyama for flow"),
-    ({"solver_options": "t_max=1.5"}, "t_max=1.5 must be above 0"),
+    ({"solver_options": "t_max=1.5"}, "t_max=1.5 must be from 0.001 to 1"),
     ({"solver_options": "spacing=trailing"}, "no option 'spacing'"),
-    ({"solver_options": "shift=-1"}, "shift=-1 must be above 0"),
+    ({"solver_options": "steps=7"}, "steps is no option of a solver"),
+    ({"solver": "unipc", "solver_options": "process=adm"}, "process is no opt"),
+    ({"solver_options": "shift=1,shift=2"}, "shift stands there twice"),
+    ({"solver_options": "shift=-1"}, "shift=-1 must be from 0.001"),
   ],
 )
 def test_solvers_that_do_not_serve_it_are_refused(changes, message):
@@ -220,6 +232,9 @@ def test_solvers_that_do_not_serve_it_are_refused(changes, message):
 def test_a_network_of_noise_starts_below_pure_noise():
   config = imagenet256.get_config("objective=flow,debug")
   config.diffusion.prediction = "eps"
+  with pytest.raises(UserError, match="nothing of the data at t = 1"):
+    SamplerOptions.from_config(config)
+  config.sampler.solver_options = "t_max=0.99999999"  # 1 in float32
   with pytest.raises(UserError, match="nothing of the data at t = 1"):
     SamplerOptions.from_config(config)
   config.sampler.solver_options = "t_max=0.999"

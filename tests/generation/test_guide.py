@@ -75,6 +75,13 @@ def test_both_kinds_of_guidance_at_once():
   assert np.abs(both - run(main, 1.0, scale=3.0)).max() > 1e-3
 
 
+def test_a_guide_that_cannot_be_asked_at_pure_noise():
+  main, other = made_up("flow", 0), made_up("flow", 1)
+  other.config.diffusion.prediction = "eps"
+  with pytest.raises(UserError, match="nothing of the data at t = 1"):
+    run(main, 2.0, other)
+
+
 def test_a_weight_without_a_guide_is_refused():
   with pytest.raises(UserError, match="guide_scale=2.0 needs a guide"):
     run(made_up("edm", 0), 2.0)

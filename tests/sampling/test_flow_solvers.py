@@ -147,7 +147,7 @@ def test_the_stochastic_step_is_the_equation(x64):
     d = t[i] - t[i + 1]
     D = curved(x, t[i], np)
     v, eps = (x - D) / t[i], (x - (1 - t[i]) * D) / t[i]
-    g2 = scale * np.sin(np.pi * t[i]) ** 2 if i < n - 1 else 0
+    g2 = min(scale * np.sin(np.pi * t[i]) ** 2, t[i] * t[i + 1] / d)  # (3)
     x = x - d * v - g2 * d * eps / (2 * t[i]) + np.sqrt(g2 * d) * z[i]
   found = sample(
       curved, "euler_maruyama", steps=n, diffusion="sin2", scale=scale,
@@ -192,6 +192,17 @@ def test_a_constant_diffusion_keeps_the_marginals_too():
   np.testing.assert_allclose(
     moments(4000, diffusion="constant"), [M, S**2], atol=2e-3
   )
+
+
+@pytest.mark.parametrize("diffusion", ["sigma", "sin2", "constant"])
+@pytest.mark.parametrize("n", [10, 250, 2000])
+def test_no_step_overshoots(diffusion, n):
+  """The noise that is left, x - (1 - t) D with D held, stays of size t."""
+  rows = sampling.make_solver("euler_maruyama", n, diffusion=diffusion).rows
+  t, variance = np.append(rows["t"], 0.0), 1.0
+  for i, (x, z) in enumerate(zip(rows["x"], rows["z"])):
+    variance = x**2 * variance + z**2
+    assert variance <= (2 * t[i + 1]) ** 2 + 1e-20
 
 
 def test_strong_order_one(x64):
@@ -244,8 +255,14 @@ def test_the_shift_moves_steps_to_the_noise():
   "solver, options, message",
   [
     ("euler", dict(process="flow"), "'euler' has no option 'process'"),
-    ("heun", dict(shift=0.0), "shift=0.0 must be above 0"),
-    ("euler", dict(t_max=0.0), "t_max=0.0 must be above 0 and at most 1"),
+    ("heun", dict(shift=0.0), "shift=0.0 must be from 0.001 to 1000"),
+    ("euler", dict(t_max=0.0), "t_max=0.0 must be from 0.001 to 1"),
+    ("heun", dict(shift="abc"), "shift='abc' must be a number"),
+    ("heun", dict(shift=True), "shift=True must be a number"),
+    ("euler_maruyama", dict(diffusion=[1]), r"diffusion=\[1\] must be a name"),
+    ("unipc", dict(order=2.0), "order=2.0 must be a whole number"),
+    ("unipc", dict(corrector="no"), "corrector='no' must be True or False"),
+    ("ddim", dict(eta="abc"), "eta='abc' must be a number"),
     ("unipc", dict(process="flow", spacing="logsnr"), "no option 'spacing'"),
     ("dpmpp_2m", dict(process="edm"), "does not sample process='edm'"),
     ("euler_maruyama", dict(diffusion="x"), "allowed: sigma, constant, sin2"),
