@@ -1,5 +1,6 @@
 # make demo   trains, samples and scores the digits; FRESH=1 trains anew
 # make test   the whole test suite on CPU
+# make test-web  the page in a real browser (installs gradio and chromium)
 # make bench  the short benchmarks; writes docs/benchmarks.md
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +11,7 @@ export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export TF_ENABLE_ONEDNN_OPTS ?= 0
 
-.PHONY: demo test test-slow bench lint setup clean
+.PHONY: demo test test-slow test-web bench lint setup clean
 
 # Measured on 2 cores: as one device the CPU keeps 1.5 of them busy, as two 1.8;
 # and a quarter of that went into giving memory back and asking for it anew.
@@ -25,6 +26,9 @@ test: .venv/test
 
 test-slow: .venv/test
 	$(BIN)/python -m pytest -m slow
+
+test-web: .venv/web
+	$(BIN)/python -m pytest -m web -n 0 -s tests/web
 
 bench: .venv/test
 	$(BIN)/python -m benchmarks
@@ -44,6 +48,12 @@ setup: .venv/test
 .venv/test: setup.py constraints.txt | .venv/bin/python
 	$(PIP) --constraint constraints.txt --editable '.[test,plan]'
 	touch $@ .venv/demo
+
+.venv/web: setup.py constraints.txt | .venv/bin/python
+	$(PIP) --constraint constraints.txt --editable '.[test-web,plan,web]'
+	test -x /usr/bin/chromium || test "$$(id -u)" != 0 || \
+	  apt-get install -y chromium
+	touch $@ .venv/test .venv/demo
 
 clean:
 	rm -rf .venv runs data build *.egg-info

@@ -43,8 +43,8 @@ class SamplerOptions:
     for name in ("solver", "steps", "process"):
       if name in options:
         raise UserError(
-          f"solver_options: {name} is no option of a solver; the number of steps"
-          " has a field of its own, steps"
+          f"solver_options: {name} is no option of a solver; steps and solver"
+          " are fields of their own"
         )
     fields |= options
     guidance = dataclasses.replace(

@@ -1,0 +1,65 @@
+"""The tab of the run: its scores, curves and sample grids, as they are now."""
+
+import html
+
+import gradio as gr
+
+from diffit_jax.web import run_view, words
+
+
+class RunTab:
+  """Its components; `refresh` is read anew at every visit of the tab."""
+
+  def __init__(self, studio, tab: gr.Tab):
+    self._workdir = studio.workdir
+    if self._workdir is None:
+      gr.Markdown("A checkpoint file alone has no run to show: use --workdir.")
+      return
+    gr.HTML(f"<p>Run in {html.escape(str(self._workdir))}</p>")
+    with gr.Row():
+      refresh = gr.Button("Read again", scale=0, min_width=140)
+      self._status = words.status_box()
+    gr.Markdown("## Scores")
+    self._cards = gr.HTML("")
+    gr.Markdown("## Training curves")
+    self._curves = _gallery("Curves", "curves")
+    gr.Markdown("## Samples over time")
+    self._grids = _gallery("Sample grids", "grids")
+    outputs = [self._status, self._cards, self._curves, self._grids]
+    read = words.reporting(self._status, self._read)
+    for event in (tab.select, refresh.click):
+      event(read, None, outputs, show_progress="hidden")
+
+  def _read(self):
+    yield {self._status: words.said("reading the run")}
+    yield {self._cards: run_view.cards_html(run_view.read_cards(self._workdir))}
+    curves = run_view.read_curves(self._workdir)
+    yield {
+      self._curves: [
+        (run_view.curve_picture(*each), run_view.curve_text(*each))
+        for each in curves.items()
+      ]
+    }
+    grids = run_view.read_grids(self._workdir)
+    yield {
+      self._grids: [
+        (grid.image, f"step {grid.step}, average {grid.average}")
+        for grid in grids
+      ],
+      self._status: words.said(
+        f"{len(curves)} curves, {len(grids)} sample grids"
+      ),
+    }
+
+
+def _gallery(label: str, name: str):
+  return gr.Gallery(
+    label=label,
+    format="png",
+    interactive=False,
+    object_fit="contain",
+    buttons=["download", "fullscreen"],
+    elem_id=name,
+    elem_classes="pictures large",
+    height="auto",
+  )

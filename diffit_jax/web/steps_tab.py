@@ -1,0 +1,239 @@
+"""The tab of one sample: its denoising strip, and what a token reads."""
+
+import gradio as gr
+import numpy as np
+
+from diffit_jax.web import heat, words
+from diffit_jax.web.samples_tab import SamplesTab, flat
+
+_MEAN = "mean of the heads"
+
+
+class StepsTab:
+  """Its components; follows the samples that `samples` shows."""
+
+  def __init__(self, studio, samples: SamplesTab):
+    self._studio, self._samples = studio, samples
+    gr.Markdown(
+      "A sample of the tab Samples, as it was made. Choose it here, or click it"
+      " there."
+    )
+    with gr.Row():
+      self._index = gr.Number(
+        0, label="Sample", precision=0, minimum=0, min_width=100
+      )
+      self._columns = gr.Slider(
+        2, 18, 8, step=1, label="Pictures in the strip", min_width=260
+      )
+      show = gr.Button("Show steps", variant="primary", min_width=140)
+    self._status = words.status_box()
+    self._strip = gr.Gallery(
+      label="Clean image as predicted (x-hat)",
+      format="png",
+      interactive=False,
+      object_fit="contain",
+      buttons=["download", "fullscreen"],
+      elem_id="strip",
+      elem_classes="crisp pictures wider",
+      height="auto",
+    )
+    if studio.blocks:
+      self._make_attention()
+    self._listen(show)
+
+  def _make_attention(self) -> None:
+    blocks = self._studio.blocks
+    gr.Markdown(
+      "## Attention\nWhat one token reads from the others, at one evaluation of"
+      " the network. Click a place of the picture, or write its row and column."
+    )
+    with gr.Row():
+      self._evaluation = gr.Number(
+        0, label="Evaluation", precision=0, minimum=0, min_width=100
+      )
+      self._block = gr.Dropdown(
+        blocks, value=blocks[0], label="Block", min_width=220
+      )
+      self._head = gr.Dropdown(
+        self._heads(blocks[0]), value=_MEAN, label="Head", min_width=220
+      )
+    with gr.Row():
+      self._row = gr.Number(
+        0, label="Token's row", precision=0, minimum=0, min_width=100
+      )
+      self._column = gr.Number(
+        0, label="Token's column", precision=0, minimum=0, min_width=100
+      )
+      self._show_attention = gr.Button(
+        "Show attention", variant="primary", min_width=140
+      )
+    self._attention_status = words.status_box()
+    self._size = gr.State(None)  # (height, width) of the pictures
+    with gr.Row():
+      self._state = _picture("Noisy image at that evaluation", "state")
+      self._weights = _picture("What the token reads", "weights")
+      self._bias = _picture("Learned bias B of the head", "bias")
+
+  def _listen(self, show) -> None:
+    source = [self._samples.drawn, *self._samples.inputs]
+    show.click(
+      words.reporting(self._status, self._show_steps),
+      [self._index, self._columns, *source],
+      [self._status, self._strip],
+      show_progress="hidden",
+      api_name="steps",
+    )
+    self._samples.gallery.select(
+      _chosen, None, self._index, show_progress="hidden"
+    )
+    if not self._studio.blocks:
+      return
+    place = [self._row, self._column]
+    inputs = [self._index, self._evaluation, self._block, self._head]
+    outputs = [
+      self._attention_status, self._state, self._weights, self._bias,
+      self._size,
+    ]  # fmt: skip
+    attention = words.reporting(self._attention_status, self._attention)
+    self._show_attention.click(
+      attention,
+      [*inputs, *place, *source],
+      outputs,
+      show_progress="hidden",
+      api_name="attention",
+    )
+    self._listen_to_clicks(attention, inputs, place, source, outputs)
+
+  def _listen_to_clicks(self, attention, inputs, place, source, outputs):
+    """A click on a picture, and on one of the strip."""
+
+    def choose_evaluation(event: gr.SelectData):
+      return int(event.value["caption"].split()[1].rstrip(","))
+
+    def choose_token(block, size, event: gr.SelectData):
+      across, down = event.index  # of the pixel, in the picture's own size
+      side = self._studio.tokens(block)
+      places = zip((down, across), size)
+      return [min(side * x // n, side - 1) for x, n in places]
+
+    self._strip.select(
+      choose_evaluation, None, self._evaluation, show_progress="hidden"
+    )
+    self._block.change(
+      lambda block: gr.Dropdown(self._heads(block), value=_MEAN),
+      self._block,
+      self._head,
+      show_progress="hidden",
+    )
+    for picture in (self._state, self._weights):
+      picture.select(
+        choose_token,
+        [self._block, self._size],
+        place,
+        show_progress="hidden",
+      ).then(
+        attention,
+        [*inputs, *place, *source],
+        outputs,
+        show_progress="hidden",
+      )
+
+  def _heads(self, block: str) -> list[str]:
+    return [_MEAN, *map(str, range(self._studio.num_heads(block)))]
+
+  def _settings(self, drawn, values):
+    """Of the samples on show; before there are any, of the controls."""
+    return drawn or self._samples.settings(*values)
+
+  def _show_steps(self, index, columns, drawn, *values):
+    settings = self._settings(drawn, values)
+    yield {self._status: words.said("working: the path of that sample")}
+    strip = self._studio.strip(settings, int(index or 0), int(columns))
+    pictures = [
+      (flat(image), f"evaluation {number}, noise level {level:.3g}")
+      for number, level, image in zip(*strip)
+    ]
+    yield {
+      self._status: words.said(
+        f"sample {int(index or 0)}: {len(pictures)} of its evaluations"
+      ),
+      self._strip: gr.Gallery(pictures, selected_index=None),
+    }
+
+  def _attention(
+    self, index, evaluation, block, head, row, column, drawn, *values
+  ):
+    settings = self._settings(drawn, values)
+    yield {self._attention_status: words.said("working: attention")}
+    token = int(row or 0), int(column or 0)
+    found = self._studio.attention(
+      settings,
+      int(index or 0),
+      int(evaluation or 0),
+      block,
+      token,
+      None if head == _MEAN else int(head),
+    )
+    side = self._studio.tokens(block)
+    yield {
+      self._attention_status: words.said(
+        f"{block}, {_head_name(head)}, evaluation {int(evaluation or 0)}:"
+        f" the token in row {token[0]}, column {token[1]}"
+      )
+    } | self._pictures(found, token, side)
+
+  def _pictures(self, found, token: tuple[int, int], side: int) -> dict:
+    where = f"row {token[0]}, column {token[1]}"
+    state = heat.mark(heat.enlarge(found.state), token, side)
+    weights = heat.fit(heat.heat(found.weights), state.shape)
+    top = np.nanmax(found.weights)
+    place = np.unravel_index(np.nanargmax(found.weights), found.weights.shape)
+    return {
+      self._state: gr.Image(
+        state, alt_text=f"The noisy image; a frame marks the token in {where}."
+      ),
+      self._weights: gr.Image(
+        heat.mark(weights, token, side),
+        label=f"Token reads: black 0, yellow {top:.3g}",
+        alt_text=f"Attention of the token in {where}: it reads most, {top:.3g},"
+        f" from row {place[0]}, column {place[1]}; gray is outside its window.",
+      ),
+      self._bias: _bias(found.bias),
+      self._size: state.shape[:2],
+    }
+
+
+def _bias(bias: np.ndarray | None):
+  """The update of the picture of B."""
+  if bias is None:
+    return gr.Image(None, label="Bias B: this block has none")
+  top = np.abs(bias).max()
+  return gr.Image(
+    heat.enlarge(heat.heat(bias, is_signed=True)),
+    label=f"Bias B: blue -{top:.3g}, red {top:.3g}",
+    alt_text=f"The bias by offset of row and column, from {bias.min():.3g} to"
+    f" {bias.max():.3g}; the middle is the token itself.",
+  )
+
+
+def _picture(label: str, name: str):
+  return gr.Image(
+    label=label,
+    format="png",
+    type="numpy",
+    interactive=False,
+    buttons=["download", "fullscreen"],
+    alt_text=f"{label}: nothing is shown yet.",
+    elem_id=name,
+    elem_classes="crisp map",
+    min_width=200,
+  )
+
+
+def _chosen(event: gr.SelectData) -> int:
+  """Number of the sample that was clicked."""
+  return event.index
+
+
+def _head_name(head: str) -> str:
+  return head if head == _MEAN else f"head {head}"
