@@ -87,33 +87,55 @@ def x64():
     yield
 
 
+def _once(tmp_path_factory, name: str, make):
+  """A folder that the first worker of xdist that asks for it fills for all.
+
+  Args:
+    tmp_path_factory: pytest's.
+    name: of the folder.
+    make: fills an empty folder.
+  """
+  base = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    base = base.parent
+  folder, done = base / name, base / f"{name}.done"
+  with open(base / f"{name}.lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not done.exists():
+      shutil.rmtree(folder, ignore_errors=True)
+      folder.mkdir()
+      make(folder)
+      done.touch()
+  return folder
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> str:
   """A data directory with the prepared digits."""
   from diffit_jax.data import preparation
   from diffit_jax.data.builders import digits
 
-  folder = str(tmp_path_factory.mktemp("data"))
-  preparation.prepare(**digits.recipe(), data_dir=folder)
-  return folder
+  make = lambda folder: preparation.prepare(
+    **digits.recipe(), data_dir=str(folder)
+  )
+  return str(_once(tmp_path_factory, "data", make))
+
+
+@pytest.fixture(scope="session")
+def digits_run(data_dir, tmp_path_factory):
+  """The workdir of a finished debug run of `main` on the digits, to be read."""
+  import commands
+
+  make = lambda folder: commands.succeed(
+    f"main --config=configs/digits.py:debug --workdir={folder}"
+    f" --data_dir={data_dir} --profile_steps=3:5"
+  )
+  return _once(tmp_path_factory, "digits_run", make)
 
 
 @pytest.fixture(scope="session")
 def readme(tmp_path_factory):
-  """The folder in which the README's commands ran, once for all workers.
-
-  Nothing is to be written there.
-  """
+  """The folder in which the README's commands ran; to be read."""
   import readme_run
 
-  base = tmp_path_factory.getbasetemp()
-  if "PYTEST_XDIST_WORKER" in os.environ:
-    base = base.parent
-  folder = base / "readme"
-  with open(base / "readme.lock", "w") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    if not (folder / "outputs.json").exists():
-      shutil.rmtree(folder, ignore_errors=True)
-      folder.mkdir()
-      readme_run.run_all(folder)
-  return folder
+  return _once(tmp_path_factory, "readme", readme_run.run_all)

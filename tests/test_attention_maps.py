@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from benchmarks import attention_maps
 from configs import cifar10_song, digits, imagenet256
@@ -94,6 +95,7 @@ def follow(config, **kwargs):
   return attention_maps.follow(loaded, 4, seed=0, labels=None, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_whole_model(tmp_path):
   config = digits.get_config("debug")
   config.model.channel_mult = (1, 2)

@@ -23,13 +23,8 @@ DEBUG = "--config=configs/digits.py:debug"
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, data_dir):
-  """A finished debug run of `main`."""
-  folder = tmp_path_factory.mktemp("commands") / "run"
-  commands.succeed(
-    f"main {DEBUG} --workdir={folder} --data_dir={data_dir} --profile_steps=3:5"
-  )
-  return folder
+def workdir(digits_run):
+  return digits_run
 
 
 @pytest.mark.slow
@@ -66,6 +61,7 @@ def test_tensorboard_holds_the_metrics(workdir):
   assert Image.open(grid).size == (int(width), int(height))
 
 
+@pytest.mark.slow
 def test_sample_export_and_sample_again(workdir, tmp_path):
   out = commands.succeed(
     f"sample --workdir={workdir} --out={tmp_path}/a --num=6 --seed=3"
@@ -86,6 +82,7 @@ def test_sample_export_and_sample_again(workdir, tmp_path):
   assert first["arr_1"].tolist() == list(range(6))
 
 
+@pytest.mark.slow
 def test_raw_parameters_differ_from_the_average(workdir, tmp_path):
   for ema in ("edm", "none"):
     commands.succeed(

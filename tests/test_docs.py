@@ -10,6 +10,7 @@ import pytest
 from commands import ROOT
 from configs import cifar10, experiments, ffhq64, imagenet256
 from diffit_jax import models, sampling
+from slow import slow
 
 DOCS = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
@@ -68,7 +69,7 @@ def boxes(title: str) -> dict[str, tuple]:
 @pytest.mark.parametrize(
   "title, config",
   [
-    ("Image space", ffhq64.get_config()),
+    slow("Image space", ffhq64.get_config()),
     ("Latent space", imagenet256.get_config()),
   ],
 )

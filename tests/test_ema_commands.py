@@ -73,6 +73,7 @@ def test_a_width_between_two_is_exported_and_sampled(workdir, tmp_path):
     ("swa", r"this run has ['edm', 'p05', 'p10'], or 'none', or a relative"),
   ],
 )
+@pytest.mark.slow
 def test_what_is_no_width(ema, message, workdir, tmp_path):
   line = commands.last_error(
     f"export --workdir={workdir} --ema={ema} --out={tmp_path}/x.safetensors"

@@ -46,14 +46,8 @@ def statistics(place):
 
 
 @pytest.fixture(scope="module")
-def digits(place, data_dir):
-  """The workdir of a run on the digits, in its debug form."""
-  run = place / "digits"
-  commands.succeed(
-    f"main --config=configs/digits.py:debug --workdir={run}"
-    f" --data_dir={data_dir} --config.sample_every_steps=0"
-  )
-  return run
+def digits(digits_run):
+  return digits_run
 
 
 @pytest.fixture(scope="module")

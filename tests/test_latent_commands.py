@@ -118,23 +118,15 @@ def test_without_a_vae_latents_are_written_and_said_to_be(workdir, tmp_path):
 def test_another_vae_is_warned_of_and_options_reach_the_solver(
   workdir, folder, tmp_path
 ):
+  """And the skipped evaluations are counted; test_skip.py has every solver."""
   done = commands.run(
     f"sample --workdir={workdir} --out={tmp_path}/z --num=2 --solver=ddim"
-    f" --steps=4 --vae={folder}/other_vae --solver_options=eta=1"
-    " --guidance_interval=100,600 --guidance_channels=0 --labels=3"
+    f" --steps=6 --vae={folder}/other_vae --solver_options=eta=1"
+    " --guidance_tolerance=1e-3 --guidance_channels=0 --labels=3"
   )
   assert done.returncode == 0, done.stderr[-2000:]
   assert "trained on latents of another VAE" in done.stderr
   assert "eta=1" in (tmp_path / "z" / "sampling.json").read_text()
-
-
-def test_guidance_options_and_the_skipped_half(workdir, tmp_path):
-  """The count of skipped evaluations; test_skip.py has every solver."""
-  done = commands.run(
-    f"sample --workdir={workdir} --out={tmp_path}/x --num=2 --solver=unipc"
-    " --steps=6 --guidance_tolerance=1e-3"
-  )
-  assert done.returncode == 0, done.stderr[-2000:]
   assert re.search(
     r"guidance: [1-5] of 6 unconditional .* within 0.001", done.stderr
   ), done.stderr[-2000:]

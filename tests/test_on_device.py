@@ -336,6 +336,7 @@ def run_tiny(folder: pathlib.Path, *args: str, **env) -> list[dict]:
   return rows.load(folder / "gpu.json")
 
 
+@pytest.mark.slow
 def test_a_tiny_run_leaves_the_documents_alone(tmp_path):
   page_before = (ROOT / "docs" / "gpu.md").stat().st_mtime_ns
   found = run_tiny(tmp_path, "--stages=machine,ceilings", "--commit=c1")

@@ -13,6 +13,7 @@ import pytest
 
 from diffit_jax.data import pipeline
 from diffit_jax.errors import UserError
+from slow import slow
 
 _COMMAND = [sys.executable, "-m", "diffit_jax.prepare"]
 
@@ -161,7 +162,7 @@ def test_kill_9_leaves_nothing_that_training_would_read(tmp_path):
   _assert_whole(tmp_path, 20)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT)])
 def test_a_polite_stop_cleans_up(tmp_path, number):
   _, process, pipe = _start_and_wait_in_the_middle(tmp_path)
   process.send_signal(number)

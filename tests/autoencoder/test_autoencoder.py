@@ -220,6 +220,7 @@ def test_golden_decode(vae):
   )
 
 
+@pytest.mark.slow
 def test_three_levels_against_float64(tmp_path):
   tensors = fill(THREE_LEVELS)
   vae = load_autoencoder(write(tmp_path, THREE_LEVELS, tensors))

@@ -315,6 +315,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_cifar10_by_tfds_from_its_genuine_layout(tmp_path, monkeypatch):
   rng = np.random.default_rng(0)
   archive = tmp_path / "cifar-10-binary.tar.gz"

@@ -8,6 +8,7 @@ from configs import digits, digits_latent
 from diffit_jax.generation import generator, stepwise
 from diffit_jax.interop import files
 from diffit_jax.parallel.mesh import make_mesh
+from slow import slow
 
 INDEX, LABELS = np.arange(2, dtype=np.uint32), np.int32([3, 5])
 MESH = make_mesh(devices=jax.devices()[:1])
@@ -17,7 +18,9 @@ MESH = make_mesh(devices=jax.devices()[:1])
   "file, variants, fields",
   [
     (digits, "debug", dict(solver_options="S_churn=9.0", steps=4)),
-    (digits_latent, "debug", dict(steps=6, guidance_interval=(200.0, 700.0))),
+    slow(
+      digits_latent, "debug", dict(steps=6, guidance_interval=(200.0, 700.0))
+    ),
     (digits_latent, "objective=flow,debug", dict(solver="unipc", steps=5)),
   ],
 )

@@ -117,7 +117,7 @@ def rung(name, **fields):
 
 
 class TestLadder:
-  @pytest.mark.parametrize("name", all_but("BD", "ABCD"))
+  @pytest.mark.parametrize("name", all_but("D", "ABCD"))
   def test_every_parameter_matters(self, name):
     """Time too: the output moves with each, so nothing is left aside."""
     model = rung(name, channel_mult=(1, 2))

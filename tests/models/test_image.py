@@ -160,8 +160,8 @@ def test_downsampling_pads_both_sides_by_one():
     slow(dict(head_act="none")),
     dict(num_classes=10, augment_dim=0),
     slow(dict(window_size=None)),
-    dict(dtype=jnp.bfloat16),
-    dict(channels=1, channel_mult=(1, 1, 1)),
+    slow(dict(dtype=jnp.bfloat16)),
+    slow(dict(channels=1, channel_mult=(1, 1, 1))),
   ],
   ids=str,
 )
@@ -193,6 +193,7 @@ def test_per_block_skips_use_every_encoder_output():
 ONE_LEVEL = {**TINY, "channel_mult": (1,)}
 
 
+@pytest.mark.slow
 def test_null_label_equals_no_label():
   model = ImageDiffiT(**ONE_LEVEL, num_classes=10)
   params = random_params(model)

@@ -13,6 +13,7 @@ from diffit_jax.models import embeddings, latent
 from diffit_jax.models.latent import LatentDiffiT
 from diffit_jax.training import cost
 from goldens import hfill
+from slow import slow
 
 TINY = LatentDiffiT(
   input_size=4, hidden_dim=16, depth=2, num_heads=2, num_classes=5
@@ -261,7 +262,7 @@ def loss_gradient(remat, scan):
   )
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, slow(False)])
 def test_remat_recomputes(scan):
   params = golden_params()
   params = latent.stack_blocks(params) if scan else params

@@ -211,6 +211,7 @@ def test_refusal(shape, message):
   assert re.match(f"wants .*{message}", tpu.refusal(shape))
 
 
+@pytest.mark.slow
 def test_a_network_trains_with_it(monkeypatch):
   """Scanned, recomputed and on two devices, as plain XLA on one."""
   config = imagenet256.get_config("debug")

@@ -18,7 +18,7 @@ from diffit_jax.parallel import sharding
 from diffit_jax.run import state
 from diffit_jax.training import objective, step
 from diffit_jax.training import program as program_lib
-from slow import all_but
+from slow import all_but, slow
 
 CONFIGS = {"digits": digits, "digits_latent": digits_latent}
 FAST = ("digits_latent",)
@@ -102,7 +102,7 @@ def reference(name):
 @pytest.mark.parametrize(
   "num_devices, changes",
   [
-    (1, {"model.remat": "dots", "num_microbatches": 4}),
+    slow(1, {"model.remat": "dots", "num_microbatches": 4}),
     (8, {"mesh.fsdp": 4, "num_microbatches": 2, "model.remat": "full"}),
   ],
   ids=str,
@@ -167,6 +167,7 @@ def test_only_weights_and_gradients_cross_devices(name):
   assert moves(text, "all-gather") and moves(text, "all-reduce")
 
 
+@pytest.mark.slow
 def test_without_placing_activations_would_cross(monkeypatch):
   """So the test above can fail."""
   same = lambda *args: args[-1]

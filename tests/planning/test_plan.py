@@ -104,6 +104,7 @@ def test_state_is_split_16_ways(tpu_plan):
   assert whole / 16 < state < 1.5 * whole / 16 + 64 * 4 * 16 * 16 * 8
 
 
+@pytest.mark.slow
 def test_cpu_devices_without_libtpu(monkeypatch):
   monkeypatch.setitem(sys.modules, "libtpu", None)
   card = figures.to_json(make_plan(small_config(), "cpu:8"))

@@ -23,6 +23,7 @@ from diffit_jax.parallel.mesh import make_mesh
 from diffit_jax.run import checkpoint, storage
 from diffit_jax.run.state import TrainState, replace_params
 from diffit_jax.training import checks, loop, program
+from slow import slow
 import two_processes
 
 # Orbax drops its other reads when one of them fails, which warn as they go.
@@ -93,7 +94,7 @@ def copy(saved, tmp_path):
   return pathlib.Path(shutil.copytree(saved, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("data, fsdp", [(1, 1), (1, 8), (8, 1), (2, 2)])
+@pytest.mark.parametrize("data, fsdp", [slow(1, 1), (1, 8), slow(8, 1), (2, 2)])
 def test_any_mesh_reads_what_any_mesh_saved(data, fsdp, saved, tmp_path):
   mesh = make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
   found = restore(saved, mesh)

@@ -88,6 +88,7 @@ def test_default_spacing_is_of_second_order_while_its_steps_are_free(x64):
   np.testing.assert_allclose(orders, 2, atol=0.15)
 
 
+@pytest.mark.slow
 def test_default_spacing_beats_even_steps_and_ddim(x64):
   """The measurement behind the CHOICE in the module."""
   z = vp.noise_of(0, (1, 8, 8, 4))

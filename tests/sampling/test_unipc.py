@@ -11,6 +11,7 @@ from diffit_jax import sampling
 from diffit_jax.diffusion import adm
 from diffit_jax.errors import UserError
 from diffit_jax.sampling import unipc
+from slow import slow
 import vp_problems as vp
 
 
@@ -85,8 +86,17 @@ def test_without_corrector_orders_one_and_two_are_known_solvers(x64, spacing):
   )
 
 
-@pytest.mark.parametrize("corrector", [False, True])
-@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize(
+  "order, corrector",
+  [
+    slow(1, False),
+    (1, True),
+    (2, False),
+    slow(2, True),
+    slow(3, False),
+    (3, True),
+  ],
+)
 def test_order(x64, order, corrector):
   """The corrector raises the predictor's order by one; see test_ddim."""
   z = vp.noise_of()

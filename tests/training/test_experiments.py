@@ -17,7 +17,7 @@ from diffit_jax.planning import listing
 from diffit_jax.run import state as state_lib
 from diffit_jax.training import program as program_lib
 from diffit_jax.training import summary
-from slow import all_but
+from slow import all_but, slow
 
 NAMES = sorted({row[3] for row in EXPERIMENTS})
 # Parameters known from elsewhere, or from the network's own formula.
@@ -122,7 +122,7 @@ def test_the_full_config_builds_and_counts(name):
   "name, macs",
   [  # as they were before there were alternatives
     ("cifar10.py", 4_331_734_144),
-    ("ffhq64.py", 32_212_583_552),
+    slow("ffhq64.py", 32_212_583_552),
     ("imagenet256.py", 118_507_290_624),
   ],
 )
@@ -132,7 +132,7 @@ def test_the_alternatives_cost_the_main_path_nothing(name, macs):
   assert listing.count(network, config.data.resolution)[1] == macs
 
 
-@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("num_devices", [slow(1), 2])
 def test_a_dry_run_compiles_what_training_runs(num_devices):
   """The same program to the letter, so that training finds it in the cache."""
   config = GRAPHS["imagenet256.py"]

@@ -17,6 +17,7 @@ from diffit_jax.evaluation.sets.network_samples import sample_shape
 from diffit_jax.run import checkpoint
 from diffit_jax.stop import Stopped
 from diffit_jax.training import loop
+from slow import slow
 
 
 def small(**fields):
@@ -114,12 +115,13 @@ def stopping_at(step: int):
     yield
 
 
-def test_a_stopped_score_is_made_up_for(run, data_dir, tmp_path):
-  """SIGTERM while step 2 is scored: it is saved, and scored by the next start.
+@pytest.mark.parametrize("steps", [slow((2, 5)), (5,)])
+def test_a_stopped_score_is_made_up_for(steps, run, data_dir, tmp_path):
+  """SIGTERM while a step is scored: it is saved, and scored by the next start.
 
   The same at the last step, where nothing is left to train.
   """
-  for step in (2, 5):
+  for step in steps:
     with stopping_at(step):
       with pytest.raises(Stopped):
         train(small(total_steps=5), tmp_path, data_dir)

@@ -280,6 +280,7 @@ def test_damaged_data_end_in_one_sentence(data_dir, tmp_path):
     loop.train(small(), tmp_path / "run", str(other), devices=one_device())
 
 
+@pytest.mark.slow
 def test_a_folder_without_a_checkpoint_is_free_for_another_run(
   data_dir, tmp_path
 ):
@@ -288,6 +289,7 @@ def test_a_folder_without_a_checkpoint_is_free_for_another_run(
   loop.train(config, tmp_path, data_dir, devices=one_device())
 
 
+@pytest.mark.slow
 def test_logging_intervals_and_total_steps_may_change(copy, data_dir):
   config = small(total_steps=5, log_every_steps=1, save_every_steps=3)
   config.sampler.steps = 2

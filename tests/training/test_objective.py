@@ -12,6 +12,7 @@ from diffit_jax import models
 from diffit_jax.diffusion import adm, augment
 from diffit_jax.interop import files
 from diffit_jax.training import objective
+from slow import slow
 
 EDM = dict(
   kind="edm",
@@ -142,7 +143,7 @@ def test_latents_are_drawn_from_the_scaled_posterior():
   assert abs(early.std() - 1) < 0.12
 
 
-@pytest.mark.parametrize("name", ["digits", "ffhq64", "digits_latent"])
+@pytest.mark.parametrize("name", [slow("digits"), "ffhq64", "digits_latent"])
 def test_a_sample_meets_the_same_draws_in_any_row(name):
   config = {"digits": digits, "ffhq64": ffhq64, "digits_latent": digits_latent}[
     name
