@@ -1,6 +1,7 @@
 # make demo   trains, samples and scores the digits; FRESH=1 trains anew
 # make test   the whole test suite on CPU
 # make test-web  the page in a real browser (installs gradio and chromium)
+# make dist   the wheel and the source archive in dist/, tried from an empty folder
 # make bench  the short benchmarks; writes docs/benchmarks.md
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +12,7 @@ export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export TF_ENABLE_ONEDNN_OPTS ?= 0
 
-.PHONY: demo test test-slow test-web bench lint setup clean
+.PHONY: demo test test-slow test-web dist bench lint setup clean
 
 # Measured on 2 cores: as one device the CPU keeps 1.5 of them busy, as two 1.8;
 # and a quarter of that went into giving memory back and asking for it anew.
@@ -29,6 +30,11 @@ test-slow: .venv/test
 
 test-web: .venv/web
 	$(BIN)/python -m pytest -m web -n 0 -s tests/web
+
+dist: .venv/test
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	DIST=dist $(BIN)/python -m pytest -n 0 -m slow tests/test_package.py
 
 bench: .venv/test
 	$(BIN)/python -m benchmarks
@@ -56,4 +62,4 @@ setup: .venv/test
 	touch $@ .venv/test .venv/demo
 
 clean:
-	rm -rf .venv runs data build *.egg-info
+	rm -rf .venv runs data build dist *.egg-info

@@ -1,7 +1,13 @@
 """Packaging: lower bounds here, the tested set in constraints.txt."""
 
+import pathlib
+import re
+
 import setuptools
 
+_INIT = pathlib.Path(__file__).parent / "diffit_jax" / "__init__.py"
+
+_CONFIGS = "diffit_jax.configs"
 # Only TFDS's own builders import it, as that of CIFAR-10.
 _PREPARE = [
   "tensorflow-cpu>=2.20; sys_platform != 'darwin'",
@@ -9,6 +15,7 @@ _PREPARE = [
 ]
 _TEST = [
   *_PREPARE,
+  "build>=1.2",
   "pytest>=8.0",
   "pytest-xdist>=3.6",
   "PyYAML>=6.0",
@@ -18,11 +25,15 @@ _TEST = [
 
 setuptools.setup(
   name="diffit_jax",
-  version="0.1.0",
+  version=re.search(r'__version__ = "(.+)"', _INIT.read_text())[1],
   description="DiffiT (arXiv 2312.02139) in JAX: training and sampling",
   license="Apache-2.0",
   python_requires=">=3.11",
-  packages=setuptools.find_packages(include=["diffit_jax*", "configs*"]),
+  # The folder configs/ is the package's own copy of itself when installed.
+  packages=[*setuptools.find_packages(include=["diffit_jax*"]), _CONFIGS],
+  package_dir={_CONFIGS: "configs"},
+  package_data={"diffit_jax": ["py.typed"]},
+  entry_points={"console_scripts": ["diffit = diffit_jax.console:main"]},
   install_requires=[
     "absl-py>=2.1",
     "array_record>=0.8.1; sys_platform != 'win32'",

@@ -7,7 +7,8 @@ module giving it:
   1. the folder of the file itself, if it is a package called `configs`, so that
      neighbours find each other wherever they lie; else the package `configs`
      that Python finds from where the command was started;
-  2. the folder that came with diffit_jax.
+  2. the folder that came with diffit_jax: in its repository beside the package,
+     installed within it.
 
 So a user's own `configs` hides a config of ours only where it has a file of the
 same name and a file outside of ours is loaded, and is then named in the error.
@@ -27,8 +28,13 @@ from ml_collections import config_dict, config_flags
 from diffit_jax import paths, ranges
 from diffit_jax.errors import UserError
 
-OURS = pathlib.Path(__file__).parent.parent / "configs"
 _PACKAGE = "configs"
+_HOME = pathlib.Path(__file__).parent
+OURS = next(
+  folder / _PACKAGE
+  for folder in (_HOME, _HOME.parent)
+  if (folder / _PACKAGE / "__init__.py").exists()
+)
 flags.disclaim_key_flags()
 
 
@@ -50,7 +56,10 @@ def required(holder: flags.FlagHolder) -> config_dict.ConfigDict:
     UserError: the flag was not given, or a number is out of range.
   """
   if holder.value is None:
-    raise UserError("--config is missing: give --config=configs/digits.py")
+    raise UserError(
+      "--config is missing: give a file, as --config=configs/digits.py, or the"
+      f" name of one that came with diffit_jax: {', '.join(names())}"
+    )
   config = holder.value
   if config.get("init_from"):
     config.init_from = paths.expand(config.init_from)
@@ -66,24 +75,23 @@ def ours(name: str) -> types.ModuleType:
   return importlib.import_module(f"{_PACKAGE}.{name}")
 
 
+def names() -> list[str]:
+  """The configs that came with diffit_jax, as --config takes them."""
+  texts = {path.stem: path.read_text() for path in sorted(OURS.glob("*.py"))}
+  return [name for name, text in texts.items() if "def get_config(" in text]
+
+
 def load(file: str | pathlib.Path, arg: str | None = None):
   """What `get_config(arg)` of a config file returns.
 
   Args:
-    file: path of the Python file.
+    file: path of the Python file, or one of `names()`.
     arg: variants, or None to call `get_config` without.
 
   Raises:
     UserError: no such file, no config file, or whatever is raised in it.
   """
-  path = pathlib.Path(paths.expand(str(file)))
-  if path.suffix != ".py":
-    raise UserError(
-      f"{file} is no config file: give a Python file such as"
-      " configs/digits.py; a run's own config.json is read by --workdir"
-    )
-  if not path.is_file():
-    raise UserError(f"config file not found: {file}")
+  path = _find(str(file))
   folders = _folders(path)
   _use(folders)
   try:
@@ -95,6 +103,24 @@ def load(file: str | pathlib.Path, arg: str | None = None):
       f"get_config() of {file} returns {type(found).__name__}, not a ConfigDict"
     )
   return found
+
+
+def _find(file: str) -> pathlib.Path:
+  """The config file that is meant."""
+  path = pathlib.Path(paths.expand(file))
+  if path.suffix != ".py":
+    if file in names():
+      return OURS / f"{file}.py"
+    raise UserError(
+      f"{file} is no config file: give a Python file such as"
+      f" configs/digits.py, or one of {', '.join(names())}; a run's own"
+      " config.json is read by --workdir"
+    )
+  if not path.is_file():
+    ours = path.parts[:-1] == (_PACKAGE,) and path.stem in names()
+    hint = f"; --config={path.stem} is the one that came with diffit_jax"
+    raise UserError(f"config file not found: {file}{hint * ours}")
+  return path
 
 
 class _Parser(flags.ArgumentParser):
