@@ -1,4 +1,4 @@
-"""Types the README's commands, in their debug form and on small data.
+"""Types the documents' commands, in their debug form and on small data.
 
 What they make is what several test files look at: see `conftest.readme`.
 """
@@ -32,32 +32,44 @@ DEBUG = {
   r"--resolution=(256|512)": "--resolution=32",
   r"--topology=\S+": "--topology=cpu:4",
 }
+DOCUMENTS = (
+  *("README.md", "docs/training.md", "docs/sampling.md", "docs/latents.md"),
+)
 SKIPPED = ("python -m venv", "pip install", "export ", "#", "make ")
+SLOW = re.compile(r"--dry_run|cats|diffit_jax\.plan|512")  # typed by test-slow
 
 
-def readme_commands() -> list[str]:
-  """Every line of the README's code blocks, continued lines joined."""
-  text = (commands.ROOT / "README.md").read_text()
-  blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
-  lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+def typed_commands() -> list[str]:
+  """Every line of the documents' code blocks once, continued lines joined."""
+  text = "\n".join((commands.ROOT / name).read_text() for name in DOCUMENTS)
+  blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+  typed = "\n".join(code for language, code in blocks if not language)
+  lines = typed.replace("\\\n", " ").splitlines()
   lines = [line.split("#")[0].strip() for line in lines]
-  return [line for line in lines if line and not line.startswith(SKIPPED)]
+  wanted = [line for line in lines if line and not line.startswith(SKIPPED)]
+  return list(dict.fromkeys(wanted))
 
 
 def run_all(root: pathlib.Path) -> None:
   """Makes the data and runs the commands; outputs.json has what they print."""
   _write_inputs(root)
-  outputs = {}
-  for command in readme_commands():
-    typed = command
-    for pattern, replacement in DEBUG.items():
-      command = re.sub(pattern, replacement, command)
-    outputs[typed] = commands.succeed(
-      command.removeprefix("python -m diffit_jax."),
-      cwd=root,
-      TFDS_DATA_DIR=str(root / "data"),
-    )
+  outputs = {
+    command: run(command, root)
+    for command in typed_commands()
+    if not SLOW.search(command)
+  }
   (root / "outputs.json").write_text(json.dumps(outputs))
+
+
+def run(command: str, root: pathlib.Path) -> str:
+  """What it prints in its debug form."""
+  for pattern, replacement in DEBUG.items():
+    command = re.sub(pattern, replacement, command)
+  return commands.succeed(
+    command.removeprefix("python -m diffit_jax."),
+    cwd=root,
+    TFDS_DATA_DIR=str(root / "data"),
+  )
 
 
 def _write_inputs(root: pathlib.Path) -> None:

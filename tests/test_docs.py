@@ -110,8 +110,8 @@ def test_every_experiment_has_its_command_in_the_papers_document():
 
 
 def test_every_solver_is_named_for_users():
-  """In the README, and in the comments of the configs of its process."""
-  text = (ROOT / "README.md").read_text()
+  """In the guide, and in the comments of the configs of its process."""
+  text = (ROOT / "docs" / "sampling.md").read_text()
   configs = {"edm": "ffhq64", "adm": "imagenet256", "flow": "common"}
   for solver, processes in sampling.SOLVERS.items():
     assert f"`{solver}`" in text, solver

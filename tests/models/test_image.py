@@ -204,6 +204,7 @@ def test_null_label_equals_no_label():
   np.testing.assert_array_equal(run(jnp.array([3, 10]))[1], run(None)[1])
 
 
+@pytest.mark.slow
 def test_zero_augment_labels_equal_none():
   model = ImageDiffiT(**ONE_LEVEL)
   params = random_params(model)

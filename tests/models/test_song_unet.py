@@ -13,6 +13,7 @@ from diffit_jax.models import embeddings
 from diffit_jax.models.baselines import song_unet
 from diffit_jax.models.baselines.song_unet import SongUNet
 from goldens import hfill
+from slow import slow
 
 X = np.sin(0.3 * np.arange(2 * 3 * 8 * 8) + 1).reshape(2, 3, 8, 8)
 
@@ -88,7 +89,7 @@ def fixed_frequencies(monkeypatch):
       (-38.173866, 103.592105),
       (-38.341856, (0.3372771, 0.4612094, 0.4504923, 0.6090772)),
     ),
-    (
+    slow(
       True,
       (-107.770566, None),
       (0.1706307, 0.1255025, -0.04615103, 0.2118755),

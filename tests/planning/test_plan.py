@@ -118,6 +118,7 @@ def test_cpu_devices_without_libtpu(monkeypatch):
   assert "fits" in missing and "roofline" in missing and "libtpu" in missing
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_and_by_how_much():
   """XL on one chip: the compiler's verdict takes seconds."""
   pytest.importorskip("libtpu")

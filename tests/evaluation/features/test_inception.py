@@ -87,6 +87,7 @@ class TestNetwork:
     assert {a.dtype for a in found.values()} == {np.dtype(np.float32)}
     check_golden(found, state["fc.bias"], rtol=2e-5)
 
+  @pytest.mark.slow
   def test_features_are_the_known_ones_in_float64(self, state):
     with jax.enable_x64(True):
       params = inception_weights.fold(state, np.float64)
