@@ -61,7 +61,9 @@ setuptools.setup(
     "tpu": ["jax[tpu]>=0.10.0"],
     "cuda": ["jax[cuda13]>=0.10.0"],
     "gcp": ["gcsfs>=2024.6"],  # workdirs in gs:// buckets
-    "plan": ["libtpu>=0.0.30"],
+    # The compiler of the plans in docs/. Not in constraints.txt: what [tpu]
+    # installs is the one that its JAX asks for.
+    "plan": ["libtpu==0.0.52"],
     "prepare": _PREPARE,  # CIFAR-10
     "web": [
       # Older ones do without a bound on Pillow, and are of another time.

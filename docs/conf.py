@@ -66,7 +66,10 @@ class Mermaid(Directive):
 
   def run(self) -> list[nodes.Node]:
     text = html.escape("\n".join(self.content))
-    return [nodes.raw("", f'<pre class="mermaid">{text}</pre>', format="html")]
+    # Its lines are dark on a dark page, too.
+    style = "background: white; text-align: center"
+    drawing = f'<pre class="mermaid" style="{style}">{text}</pre>'
+    return [nodes.raw("", drawing, format="html")]
 
 
 _SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields):$")
