@@ -114,6 +114,11 @@ class Flow:
         )
     if self.time not in TIMES:
       raise UserError(f"diffusion.time={self.time!r}: use one of {TIMES}")
+    if self.time == "uniform" and (self.t_mean, self.t_std) != (0, 1):
+      raise UserError(
+        f"diffusion.t_mean={self.t_mean} and t_std={self.t_std} say nothing of"
+        " time='uniform': leave them at 0 and 1, or set time='logit_normal'"
+      )
     if not 0 <= self.clamp < 1:
       raise UserError(
         f"diffusion.clamp={self.clamp} must be at least 0 and below 1, where it"

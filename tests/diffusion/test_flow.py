@@ -194,6 +194,7 @@ def test_it_is_edms_denoiser_of_the_same_signal_to_noise(x64, prediction):
     (dict(prediction="y"), r"prediction='y': use one of \('x', 'eps', 'v'\)"),
     (dict(loss="sigma"), "diffusion.loss='sigma': use one of"),
     (dict(time="cosine"), "diffusion.time='cosine': use one of"),
+    (dict(t_mean=0.8), "t_mean=0.8 .* say nothing of time='uniform'"),
     (dict(clamp=1.0), "clamp=1.0 .* cuts the whole path"),
   ],
 )

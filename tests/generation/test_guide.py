@@ -38,9 +38,9 @@ def made_up(kind: str, seed: int, **model) -> weights.Weights:
   return weights.Weights(params, config, 4, "edm", "a test")
 
 
-def run(main: weights.Weights, w: float, other=None, scale: float = 1.0):
+def run(main: weights.Weights, w: float, other=None, **sampler):
   config = main.config.copy_and_resolve_references()
-  config.sampler.guide_scale, config.sampler.guidance_scale = w, scale
+  config.sampler.update(dict(guide_scale=w, **sampler))
   generate = generator.make_generator(
     models.make_model(config.model), config, MESH, guide=other
   )
@@ -69,11 +69,19 @@ def test_the_guide_leads_away_from_what_it_predicts(kind):
     np.testing.assert_allclose(found, guides, rtol=1e-5, atol=one)
 
 
+@pytest.mark.slow
+def test_a_weight_of_0_is_the_guide_where_no_variance_counts():
+  main, other = made_up("adm", 0), made_up("adm", 1, **SMALLER["adm"])
+  ddim = dict(solver="ddim", steps=4, guidance_channels=0)
+  guides, found = run(other, 1.0, **ddim), run(main, 0.0, other, **ddim)
+  np.testing.assert_allclose(found, guides, rtol=1e-5, atol=1e-5)
+
+
 def test_both_kinds_of_guidance_at_once():
   main, other = made_up("flow", 0), made_up("flow", 1, **SMALLER["flow"])
-  both = run(main, 2.0, other, scale=3.0)
+  both = run(main, 2.0, other, guidance_scale=3.0)
   assert np.abs(both - run(main, 2.0, other)).max() > 1e-3
-  assert np.abs(both - run(main, 1.0, scale=3.0)).max() > 1e-3
+  assert np.abs(both - run(main, 1.0, guidance_scale=3.0)).max() > 1e-3
 
 
 def test_a_guide_that_cannot_be_asked_at_pure_noise():
