@@ -6,9 +6,12 @@ constraints.txt.
 
 import os
 import pathlib
+import re
+import shlex
 import subprocess
 import sys
 import tarfile
+import urllib.request
 import zipfile
 
 import numpy as np
@@ -137,6 +140,38 @@ def test_a_package_called_configs_hides_nothing(installed, empty):
   start = (installed / "diffit", "train", "--dry_run")
   said = run(*start, "--config=configs/mine.py:debug", cwd=empty)
   assert "mine" in said and "parameters:          2,570" in said
+
+
+def test_the_three_commands_of_the_readme(dist, tmp_path):
+  """From the wheel to samples and to the page, the demo in its debug form."""
+  text = (ROOT / "README.md").read_text()
+  install, demo, explore = (
+    re.search(rf"^{start}.*?(?=  #|$)", text, re.M)[0].strip()
+    for start in ("pip install '?diffit", "diffit demo", "diffit explore")
+  )
+  run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+  programs, empty = tmp_path / "venv/bin", tmp_path / "empty"
+  empty.mkdir()
+  pip, *arguments, wheel = shlex.split(install)
+  pinned = ["--quiet", "-c", ROOT / "constraints.txt"]
+  run(programs / pip, *arguments, *pinned, dist / wheel, cwd=empty)
+  typed = lambda command: [programs / command.split()[0], *command.split()[1:]]
+  said = run(*typed(demo), "--variant=debug", cwd=empty)
+  assert "recognised: " in said and list(empty.rglob("grid.png"))
+  page = subprocess.Popen(
+    list(map(str, [*typed(explore), "--port=0"])),
+    cwd=empty,
+    env=ENVIRONMENT,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    (address,) = re.findall(r"page: (http://\S+)", page.stdout.readline())
+    with urllib.request.urlopen(address, timeout=60) as answer:
+      assert answer.status == 200 and b"diffit" in answer.read().lower()
+  finally:
+    page.kill()
+    page.wait()
 
 
 def test_what_an_extra_holds_is_asked_for_in_one_line(installed, empty):
