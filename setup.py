@@ -16,6 +16,7 @@ _PREPARE = [
 _TEST = [
   *_PREPARE,
   "build>=1.2",
+  "huggingface_hub>=1.0",
   "pytest>=8.0",
   "pytest-xdist>=3.6",
   "PyYAML>=6.0",
@@ -60,6 +61,7 @@ setuptools.setup(
   extras_require={
     "tpu": ["jax[tpu]>=0.10.0"],
     "cuda": ["jax[cuda13]>=0.10.0"],
+    "hub": ["huggingface_hub>=1.0"],  # hf:// addresses
     "gcp": ["gcsfs>=2024.6"],  # workdirs in gs:// buckets
     "plan": ["libtpu>=0.0.30"],
     "prepare": _PREPARE,  # CIFAR-10
