@@ -65,6 +65,8 @@ setuptools.setup(
     "gcp": ["gcsfs>=2024.6"],  # workdirs in gs:// buckets
     "plan": ["libtpu>=0.0.30"],
     "prepare": _PREPARE,  # CIFAR-10
+    "wandb": ["wandb>=0.22"],  # trackers
+    "trackio": ["trackio>=0.43"],
     "web": [
       # Older ones do without a bound on Pillow, and are of another time.
       "gradio>=6.20",
