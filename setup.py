@@ -16,6 +16,7 @@ _PREPARE = [
 _TEST = [
   *_PREPARE,
   "build>=1.2",
+  "huggingface_hub>=1.0",
   "pytest>=8.0",
   "pytest-xdist>=3.6",
   "PyYAML>=6.0",
@@ -60,11 +61,14 @@ setuptools.setup(
   extras_require={
     "tpu": ["jax[tpu]>=0.10.0"],
     "cuda": ["jax[cuda13]>=0.10.0"],
+    "hub": ["huggingface_hub>=1.0"],  # hf:// addresses
     "gcp": ["gcsfs>=2024.6"],  # workdirs in gs:// buckets
     # The compiler of the plans in docs/. Not in constraints.txt: what [tpu]
     # installs is the one that its JAX asks for.
     "plan": ["libtpu==0.0.52"],
     "prepare": _PREPARE,  # CIFAR-10
+    "wandb": ["wandb>=0.22"],  # trackers
+    "trackio": ["trackio>=0.43"],
     "web": [
       # Older ones do without a bound on Pillow, and are of another time.
       "gradio>=6.20",

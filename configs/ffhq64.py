@@ -131,6 +131,7 @@ def base(
   config.num_microbatches = 1  # parts of a batch, one after the other
   config.num_threads = 4  # batches decoded at the same time
   config.log_every_steps = 100  # metrics; the only waits for the device
+  config.trackers = ("tensorboard",)  # of metrics; or wandb, trackio
   config.sample_every_steps = 10_000  # grid of EMA samples; 0 for none
   config.save_every_steps = 5_000  # checkpoints
   config.keep_checkpoints = 3  # newest that stay

@@ -19,7 +19,9 @@ _VAE = cli.define_path(
   "vae", "Diffusers folder of the SD VAE that decodes a latent model's samples."
 )
 _GUIDE = cli.define_path(
-  "guide", "Workdir or .safetensors file of a worse network, for autoguidance."
+  "guide",
+  "Workdir or .safetensors file, also hf://..., of a worse network, for"
+  " autoguidance.",
 )
 _HOST = flags.DEFINE_string(
   "host",

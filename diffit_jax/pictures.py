@@ -1,5 +1,6 @@
 """From model outputs to pictures: 8-bit values, grids, PNG files."""
 
+import io
 import os
 
 import jax.numpy as jnp
@@ -62,12 +63,23 @@ def page(images: np.ndarray, columns: int | None = None) -> np.ndarray:
   return np.pad(grid, ((gap, 0), (gap, 0), (0, 0)))
 
 
-def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
-  """Writes [h, w, 1 or 3] uint8; a file under `path` is never a partial one."""
+def to_image(image: np.ndarray):
+  """[h, w, 1 or 3] uint8 as an image of PIL."""
   from PIL import Image
 
   image = np.asarray(image)
-  if image.shape[-1] == 1:
-    image = image[..., 0]
+  return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def to_png(image: np.ndarray) -> bytes:
+  """[h, w, 1 or 3] uint8 as the content of a PNG file."""
+  buffer = io.BytesIO()
+  to_image(image).save(buffer, format="PNG")
+  return buffer.getvalue()
+
+
+def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
+  """Writes [h, w, 1 or 3] uint8; a file under `path` is never a partial one."""
+  png = to_png(image)
   with whole.writing(path) as partial:
-    Image.fromarray(image).save(partial, format="PNG")
+    partial.write_bytes(png)

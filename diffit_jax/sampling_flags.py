@@ -47,7 +47,9 @@ def define_weights_flags() -> WeightsFlags:
   return WeightsFlags(
     workdir=define_path("workdir", "Folder of a training run."),
     checkpoint=define_path(
-      "checkpoint", "A .safetensors file: an exported one, or released weights."
+      "checkpoint",
+      "A .safetensors file, exported or released, or the address of one on the"
+      " Hugging Face Hub: hf://owner/name/file.safetensors[@revision].",
     ),
     config=config_files.define_flag(
       "Config of a --checkpoint that has none of its own, as released weights."
@@ -226,8 +228,8 @@ def define_sampling_flags(
     ),
     guide=define_path(
       "guide",
-      "Workdir or .safetensors file of a worse network of the same kind, such"
-      " as a smaller one or an earlier step, for autoguidance.",
+      "Workdir or .safetensors file, also hf://..., of a worse network of the"
+      " same kind, such as a smaller one or an earlier step, for autoguidance.",
     ),
     guide_ema=flags.DEFINE_string(
       "guide_ema", None, "As --ema, of the guide. Default: its own first."

@@ -35,7 +35,10 @@ FAST_COMPILE = (
 )
 ROOT = pathlib.Path(__file__).parent.parent
 PYTHON_PATH = f"{ROOT}:{ROOT / 'tests'}"  # of programs that import from tests/
-_READ_AFTER_IMPORTS = {"XLA_FLAGS", "TFDS_DATA_DIR"}
+_READ_AFTER_IMPORTS = {
+  *("XLA_FLAGS", "TFDS_DATA_DIR"),
+  *("HF_ENDPOINT", "HF_HOME", "HF_TOKEN", "HF_HUB_DISABLE_XET"),
+}
 
 
 def _environment() -> dict[str, str]:

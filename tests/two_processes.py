@@ -68,7 +68,7 @@ def run_all(commands, timeout=300, **env) -> list[tuple[int, str, str]]:
 class Notes:
   """Stands for metrics.Writer: one file of notes per process."""
 
-  def __init__(self, directory):
+  def __init__(self, directory, config):
     path = pathlib.Path(directory) / f"process_{jax.process_index()}.jsonl"
     self._file = open(path, "a", buffering=1)
 
@@ -100,8 +100,8 @@ def train(
 
   notes = []
 
-  def make_notes(directory):
-    notes.append(Notes(directory))
+  def make_notes(*args):
+    notes.append(Notes(*args))
     return notes[0]
 
   def make_batches(*args):

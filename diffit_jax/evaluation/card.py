@@ -31,6 +31,7 @@ from diffit_jax import whole
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.metrics import table
 
+FOLDER = "evaluation"  # in a workdir: cards of a run that scores itself
 _PARTS = ("metrics", "not_computed", "protocol", "samples")  # {name: ...} each
 _PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "scikit-learn", "Pillow")
 
@@ -136,6 +137,11 @@ def write(path: str | os.PathLike, card: Mapping[str, Any]) -> None:
       partial.write_text(json.dumps(card, indent=2) + "\n")
   except OSError as error:
     raise UserError(f"cannot write the card {path}: {error}") from error
+
+
+def path_of_step(folder: str | os.PathLike, step: int) -> pathlib.Path:
+  """The card of a step of a run that scores itself, in its folder of cards."""
+  return pathlib.Path(folder) / f"step_{step:08d}.json"
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:

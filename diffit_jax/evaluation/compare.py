@@ -18,6 +18,7 @@ _PASSED_OVER = {
   "samples.split",
   "samples.content_hash",
   "samples.sampling.about.source",
+  "samples.sampling.about.source_sha256",
   "samples.sampling.about.vae_source",
 }
 _PARTS = {  # of a card, and the line above their differences

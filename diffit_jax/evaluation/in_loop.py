@@ -71,7 +71,7 @@ class RunScorer:
       data_dir: folder of the prepared data sets.
     """
     options = config.evaluation
-    self.folder = pathlib.Path(directory) / "evaluation"
+    self.folder = pathlib.Path(directory) / card.FOLDER
     self._config, self._num = config, options.num
     self._metrics = table.choose(options.metrics, options.features)
     self._reference = references.read_reference(
@@ -147,4 +147,4 @@ class RunScorer:
     return scoring.evaluate_to_file(self._measure, samples, path, num=self._num)
 
   def _card_path(self, step: int) -> pathlib.Path:
-    return self.folder / f"step_{step:08d}.json"
+    return card.path_of_step(self.folder, step)

@@ -46,9 +46,11 @@ def describe(weights, seed: int, labels: str, codec) -> dict:
       "num_classes": weights.config.model.num_classes,
       "config_sha256": config_hash.hexdigest(),
       "source": weights.source,
+      "source_sha256": weights.source_sha256 or None,
       "uint8_rule": "adm" if is_latent else "edm",  # of `pictures`
       "vae_source": codec.source if codec else None,
       "guide_source": guide and guide.source,
+      "guide_source_sha256": guide and (guide.source_sha256 or None),
       "jax": jax.__version__,
       "device": jax.devices()[0].device_kind,
     },

@@ -10,7 +10,7 @@ from ml_collections import config_dict
 
 from diffit_jax.diffusion import kinds
 from diffit_jax.errors import UserError
-from diffit_jax.interop import files, native
+from diffit_jax.interop import files, hub, native
 from diffit_jax.parallel.sharding import replicated
 
 RAW = "none"  # --ema=none samples from the parameters themselves
@@ -36,7 +36,9 @@ class Weights:
     ema: name of the average, "none" for the raw parameters, or the relative
       width of an average that was made from snapshots.
     source: where they came from.
-    about: how an average was made from snapshots; else empty.
+    about: how an average was made from snapshots, and which file of the Hub
+      these come from; else empty.
+    source_sha256: hash of a file that came from the Hub; else empty.
     guide: the weights that guide these (autoguidance), if any do.
   """
 
@@ -46,6 +48,7 @@ class Weights:
   ema: str
   source: str
   about: str = ""
+  source_sha256: str = ""
   guide: "Weights | None" = None
 
 
@@ -155,16 +158,30 @@ def from_file(
   """Weights from a file: one of ours, or a released one with a config.
 
   Args:
-    path: the .safetensors file.
+    path: the .safetensors file, or its address on the Hub.
     mesh: the weights are replicated on it.
     ema: a name that the file must confirm; None is whatever it holds.
     config: config of the network and the sampler; None is the file's own.
   """
-  params, config, header = files.read_weights(path, config)
+  return _from_found(hub.fetch(path), mesh, ema, config)
+
+
+def _from_found(found: hub.Found, mesh: Mesh, ema, config) -> Weights:
+  params, config, header = files.read_weights(found.path, config)
   if ema not in (None, header["ema"]):
-    raise UserError(f"ema={ema!r}: {path} holds only {header['ema']!r}")
-  params = jax.device_put(params, replicated(mesh))
-  return Weights(params, config, int(header["step"]), header["ema"], str(path))
+    raise UserError(f"ema={ema!r}: {found.source} holds only {header['ema']!r}")
+  about = [header["about"]] if header.get("about") else []
+  if found.sha256:
+    about.append(f"from {found.source}, SHA-256 {found.sha256}")
+  return Weights(
+    jax.device_put(params, replicated(mesh)),
+    config,
+    int(header["step"]),
+    header["ema"],
+    found.source,
+    "; ".join(about),
+    found.sha256,
+  )
 
 
 def load_guide(
@@ -183,8 +200,8 @@ def load_guide(
   predicts belongs to other noise levels.
 
   Args:
-    path: a workdir or a .safetensors file; a released one, which has no config
-      of its own, is of the main network's.
+    path: a workdir, a .safetensors file or the address of one on the Hub; a
+      released one, which has no config of its own, is of the main network's.
     mesh: the devices.
     main: the weights that are guided.
     ema: see `from_workdir`.
@@ -193,13 +210,14 @@ def load_guide(
   Raises:
     UserError: no weights there, or not of a network that can guide this one.
   """
-  if not str(path).endswith(".safetensors"):
+  if not (hub.is_address(path) or str(path).endswith(".safetensors")):
     found = from_workdir(path, mesh, ema, step)
   elif step is not None:
     raise UserError(f"--guide_step={step} goes with a workdir, not with {path}")
   else:
-    config = None if native.is_native(path) else main.config
-    found = from_file(path, mesh, ema, config)
+    file = hub.fetch(path)
+    config = None if native.is_native(file.path) else main.config
+    found = _from_found(file, mesh, ema, config)
   _check_fit(path, found.config, main.config)
   return found
 

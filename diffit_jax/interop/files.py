@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import json
 import os
 
+from absl import logging
 import jax
 from ml_collections import config_dict
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from diffit_jax import models
 from diffit_jax.environment import PRNG
 from diffit_jax.errors import UserError
-from diffit_jax.interop import native, official
+from diffit_jax.interop import hub, native, official
 from diffit_jax.models import latent
 from diffit_jax.models.compute import AUTO
 
@@ -74,8 +75,13 @@ def read_initial(
   """Parameters to start a training run from.
 
   A latent model may come from another resolution: its bias tables are then
-  resized, and the positions are computed anew in any case.
+  resized, and the positions are computed anew in any case. The file may be on
+  the Hub.
   """
+  found = hub.fetch(path)
+  if found.sha256:
+    logging.info("starting from %s, SHA-256 %s", found.source, found.sha256)
+  path = found.path
   if native.is_native(path):
     params, own, _ = _read_native(path)
     from_side = own.data.resolution

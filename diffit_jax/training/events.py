@@ -17,6 +17,7 @@ import time
 from etils import epath
 import numpy as np
 
+from diffit_jax import pictures
 from diffit_jax.run import buckets
 
 INTERVAL = 300  # seconds between two objects
@@ -40,13 +41,16 @@ class EventWriter:
       step, {name: (np.float32(x), about) for name, x in values.items()}
     )
 
-  def image(self, step: int, name: str, png: bytes, size: tuple[int, int]):
-    """Writes one PNG of a (width, height)."""
+  def images(self, step: int, name: str, grid: np.ndarray) -> None:
+    """Writes uint8 [h, w, c] as one PNG."""
     from tensorboard.plugins.image import metadata
 
-    width, height = (str(side).encode() for side in size)
+    height, width = (str(side).encode() for side in grid.shape[:2])
     about = metadata.create_summary_metadata(None, None)
-    self._add(step, {name: ([width, height, png], about)})
+    self._add(step, {name: ([width, height, pictures.to_png(grid)], about)})
+
+  def text(self, name: str, content: str) -> None:
+    """Does nothing: the file in the workdir is the one place of it."""
 
   def flush(self) -> None:
     """Writes what is held back."""
@@ -55,6 +59,10 @@ class EventWriter:
       with self._path.open(mode) as file:
         file.write(b"".join(self._pending))
     self._pending, self._flushed = [], time.monotonic()
+
+  def close(self) -> None:
+    """Writes what is held back."""
+    self.flush()
 
   def _add(self, step: int, values: dict) -> None:
     """Adds one record with {name: (what makes a tensor, summary metadata)}."""

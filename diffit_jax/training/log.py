@@ -1,17 +1,16 @@
-"""Metrics to TensorBoard, a line of them to read, sample grids as PNG too."""
+"""Metrics to the run's trackers, a line of them to read, grids as PNG files."""
 
-import io
 import os
 
 from absl import logging
 from etils import epath
 import jax
+from ml_collections import config_dict
 import numpy as np
 
-from diffit_jax import progress
-from diffit_jax.pictures import page
+from diffit_jax import pictures, progress
 from diffit_jax.run import workdir
-from diffit_jax.training import events
+from diffit_jax.training import trackers
 
 # What the console calls the parts of `timing`.
 _WAITS = {"data_wait": "data", "checkpoint": "saves"}
@@ -24,39 +23,45 @@ class Writer:
     UserError: in each method, where the file system refuses.
   """
 
-  def __init__(self, directory: str | os.PathLike):
+  def __init__(
+    self, directory: str | os.PathLike, config: config_dict.ConfigDict
+  ):
+    """Opens the trackers that the config names."""
     self._directory = workdir.path_of(directory)
-    self._events = None
-    if jax.process_index() == 0:
-      self._events = events.EventWriter(self._directory / "tensorboard")
+    self._is_silent = jax.process_index() != 0
+    self._trackers = []
+    if not self._is_silent:
+      self._trackers = trackers.open_all(self._directory, config)
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """Writes scalars of one step."""
-    if self._events is not None:
-      with workdir.writing(self._directory):
-        self._events.scalars(step, values)
+    with workdir.writing(self._directory):
+      for tracker in self._trackers:
+        tracker.scalars(step, values)
 
   def text(self, name: str, content: str) -> None:
     """Writes a text file into the workdir."""
-    if self._events is not None:
-      with workdir.writing(self._directory):
-        (self._directory / name).write_text(content + "\n")
+    if self._is_silent:
+      return
+    with workdir.writing(self._directory):
+      (self._directory / name).write_text(content + "\n")
+      for tracker in self._trackers:
+        tracker.text(name, content)
 
   def images(self, step: int, name: str, images: np.ndarray) -> None:
-    """Writes uint8 [n, h, w, c] images as one grid, TensorBoard and PNG.
+    """Writes uint8 [n, h, w, c] images as one grid, to trackers and as PNG.
 
     The PNG comes last: where it is, all is (`has_images`).
     """
-    if self._events is None:
+    if self._is_silent:
       return
-    grid = page(images)
-    png, (height, width, _) = _png(grid), grid.shape
-    path = self._grid(step, name)
+    grid, path = pictures.page(images), self._grid(step, name)
     with workdir.writing(self._directory):
-      self._events.image(step, name, png, (width, height))
-      self._events.flush()
+      for tracker in self._trackers:
+        tracker.images(step, name, grid)
+        tracker.flush()
       path.parent.mkdir(parents=True, exist_ok=True)
-      workdir.write_whole(path, png)
+      workdir.write_whole(path, pictures.to_png(grid))
     logging.info("wrote %s", path)
 
   def has_images(self, step: int, name: str) -> bool:
@@ -68,13 +73,15 @@ class Writer:
 
   def flush(self) -> None:
     """Writes what is held back; a checkpoint must wait for it."""
-    if self._events is not None:
-      with workdir.writing(self._directory):
-        self._events.flush()
+    with workdir.writing(self._directory):
+      for tracker in self._trackers:
+        tracker.flush()
 
   def close(self) -> None:
-    """Writes what is held back."""
-    self.flush()
+    """Writes what is held back, and closes the trackers."""
+    with workdir.writing(self._directory):
+      for tracker in self._trackers:
+        tracker.close()
 
 
 def console_line(step: int, total: int, values: dict[str, float]) -> str:
@@ -98,13 +105,3 @@ def console_line(step: int, total: int, values: dict[str, float]) -> str:
     left = (total - step) * values["seconds_per_step"]
     parts.append(f"{progress.duration(left)} left")
   return ", ".join(parts)
-
-
-def _png(image: np.ndarray) -> bytes:
-  from PIL import Image
-
-  if image.shape[-1] == 1:
-    image = image[..., 0]
-  buffer = io.BytesIO()
-  Image.fromarray(image).save(buffer, format="PNG")
-  return buffer.getvalue()

@@ -36,6 +36,7 @@ from diffit_jax.training import (
   source,
   summary,
   timing,
+  trackers,
 )
 from diffit_jax.training.actions import Actions, Evaluator, Now, Sampler
 from diffit_jax.training.watchdog import Watchdog
@@ -88,6 +89,7 @@ def open_run(
     vae: diffusers folder of the VAE; None for none.
     stack: closes the folders and frees the workdir at the end of the run.
   """
+  runtime.on_process_0(lambda: trackers.check(config))
   runtime.on_all_processes(lambda: storage.check_name(directory))
   runtime.check_same("config", config.to_json_best_effort())
   directory = workdir.path_of(directory)
@@ -195,7 +197,7 @@ def train(
     make_evaluator: (model, config, mesh, codec, should_stop, check_claim) ->
       Evaluator, for a score every `config.evaluate_every_steps`; None for no
       scores.
-    make_writer: (workdir) -> writer of the metrics.
+    make_writer: (workdir, config) -> writer of the metrics.
     make_batches: (data set, config, first step) -> iterator over the batches
       of this process, with a method `close`.
 
@@ -223,7 +225,8 @@ def train(
         evaluator = make_evaluator(
           *hook_arguments, should_stop, run.check_claim
         )
-      writer, clock = make_writer(run.directory), timing.StepClock()
+      writer = make_writer(run.directory, config)
+      clock = timing.StepClock()
       actions = Actions(run, writer, clock, sampler, evaluator)
       patient = run.watchdog.patient
       trace = timing.StepTrace(profile_steps, run.directory, patient)

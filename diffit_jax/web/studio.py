@@ -56,7 +56,7 @@ class Studio:
     """Loads the newest weights.
 
     Args:
-      source: a workdir, or a .safetensors file if `is_file`.
+      source: a workdir, or a .safetensors file, also on the Hub, if `is_file`.
       is_file: which of the two.
       vae: folder of the VAE of a latent model.
       config: of a file that has none of its own.
@@ -71,9 +71,13 @@ class Studio:
     self._mesh, self._lock = make_mesh(), threading.RLock()
     self._made: collections.OrderedDict = collections.OrderedDict()
     loaded = self._load(None, None)
+    if is_file:
+      self._source = loaded.source  # of the Hub: with the commit it is at now
     self._guide_path, self._guide = guide, None
     if guide:
       self._guide = weights.load_guide(guide, self._mesh, loaded)
+      if self._guide.source_sha256:  # of the Hub, likewise
+        self._guide_path = self._guide.source
     self.has_guide = guide is not None
     own = loaded.config
     self._codec = make_codec(own, vae)

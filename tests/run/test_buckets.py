@@ -63,7 +63,7 @@ def test_all_of_a_run_goes_through_the_one_file_system(
   config = digits.get_config("debug")
   workdir.enter(run, config, {"name": "digits"})
   assert weights.read_config(run).batch_size == config.batch_size
-  writer = log.Writer(run)
+  writer = log.Writer(run, config)
   writer.text("parameters.txt", "many")
   writer.scalars(2, {"loss": 0.5, "evaluation/fid": 7})
   writer.flush()
@@ -133,7 +133,7 @@ def test_records_wait_for_a_flush_in_a_bucket_alone(
 
 
 def test_what_a_bucket_refuses_is_one_sentence(store, monkeypatch):
-  writer = log.Writer("gs://bucket/run")
+  writer = log.Writer("gs://bucket/run", digits.get_config())
 
   def refuse(*args, **kwargs):
     raise RuntimeError("401: Invalid Credentials\n<html>")
