@@ -6,9 +6,12 @@ Everything of JAX is here, and nothing of the page. The samples are those of
 
 import collections
 from collections.abc import Callable, Iterator
+from concurrent import futures
 import dataclasses
+import os
 import pathlib
 import shlex
+import sys
 import threading
 
 import jax
@@ -27,6 +30,7 @@ from diffit_jax.stop import Stopped
 from diffit_jax.web.terms import Attention, Progress, Settings, Strip
 
 PARTS, MOST = 4, 16  # batches of one click, between which it can be stopped
+_NICENESS = 10  # of the threads that compute, more than of the others
 
 
 class Studio:
@@ -68,7 +72,7 @@ class Studio:
     """
     self._source, self._config, self._vae = source, config, vae
     self.workdir = None if is_file else pathlib.Path(source)
-    self._mesh, self._lock = make_mesh(), threading.RLock()
+    self._mesh, self._lock = _make_mesh(), threading.RLock()
     self._made: collections.OrderedDict = collections.OrderedDict()
     loaded = self._load(None, None)
     self._guide_path, self._guide = guide, None
@@ -305,3 +309,20 @@ class Studio:
     while len(self._made) > 12:
       self._made.popitem(last=False)
     return self._made[key]
+
+
+def _make_mesh():
+  """The devices; on Linux the threads that compute on CPUs let others first.
+
+  So the server answers, and a browser on this machine shows it, while batches
+  are made. A thread hands its priority on to those that it starts, and JAX
+  starts its own with the first look for devices.
+  """
+
+  def step_back():
+    if sys.platform == "linux":
+      where = os.PRIO_PROCESS, threading.get_native_id()
+      os.setpriority(*where, os.getpriority(*where) + _NICENESS)
+
+  with futures.ThreadPoolExecutor(1, initializer=step_back) as aside:
+    return aside.submit(make_mesh).result()
