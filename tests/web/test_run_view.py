@@ -70,6 +70,25 @@ def test_grids_are_those_of_the_trainer_in_order_of_step(run):
   np.testing.assert_array_equal(grids[0].image[..., 0], written)
 
 
+def test_a_look_changes_with_every_file_that_is_shown(run):
+  before = run_view.look(run)
+  assert run_view.look(run) == before and len(before) == 2
+  (run / "config.json").write_text("{}")
+  assert run_view.look(run) == before  # shown nowhere
+  for folder, name in (
+    ("evaluation", "a.json"), ("demo", "card.json"),
+    ("samples", "samples_edm_00000030.png"),
+    ("tensorboard", "events.out.tfevents.2"),
+  ):  # fmt: skip
+    (run / folder).mkdir(exist_ok=True)
+    (run / folder / name).write_text("")
+    now = run_view.look(run)
+    assert len(now) == len(before) + 1
+    (run / folder / name).write_text("more")
+    before = run_view.look(run)
+    assert before != now
+
+
 def test_nothing_outside_of_the_workdir_is_read(run, tmp_path):
   secret = tmp_path / "secret.png"
   Image.new("L", (8, 8)).save(secret)
