@@ -21,6 +21,11 @@ _VAE = cli.define_path(
 _GUIDE = cli.define_path(
   "guide", "Workdir or .safetensors file of a worse network, for autoguidance."
 )
+_BESIDE = cli.define_path(
+  "beside",
+  "Workdir or .safetensors file of a network with the same blocks, whose"
+  " attention is shown beside, such as one of model.time_in='plain'.",
+)
 _HOST = flags.DEFINE_string(
   "host",
   "127.0.0.1",
@@ -49,6 +54,7 @@ def main() -> None:
     vae=_VAE.value,
     config=_config(),
     guide=_GUIDE.value,
+    beside=_BESIDE.value,
   )
   server.serve(studio, _HOST.value, listener)
 

@@ -17,7 +17,7 @@ from diffit_jax.web.samples_tab import SamplesTab
 from diffit_jax.web.steps_tab import StepsTab
 from diffit_jax.web.words import Stops
 
-_REFRESH = 10  # seconds between two looks for new checkpoints
+_REFRESH = 5  # seconds between two looks for new checkpoints
 _KEPT = 6 * 3600  # seconds that a file to download is kept
 
 CSS = """

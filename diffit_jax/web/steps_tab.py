@@ -37,12 +37,12 @@ class StepsTab:
       elem_classes="crisp pictures wider",
       height="auto",
     )
-    if studio.blocks:
+    if studio.attentions.blocks:
       self._make_attention()
     self._listen(show)
 
   def _make_attention(self) -> None:
-    blocks = self._studio.blocks
+    blocks = self._studio.attentions.blocks
     gr.Markdown(
       "## Attention\nWhat one token reads from the others, at one evaluation of"
       " the network. Click a place of the picture, or write its row and column."
@@ -71,7 +71,10 @@ class StepsTab:
     self._size = gr.State(None)  # (height, width) of the pictures
     with gr.Row():
       self._state = _picture("Noisy image at that evaluation", "state")
-      self._weights = _picture("What the token reads", "weights")
+      self._maps = [
+        _picture(subject, name)
+        for name, subject in zip(("weights", "beside"), self._subjects())
+      ]
       self._bias = _picture("Learned bias B of the head", "bias")
 
   def _listen(self, show) -> None:
@@ -86,13 +89,12 @@ class StepsTab:
     self._samples.gallery.select(
       _chosen, None, self._index, show_progress="hidden"
     )
-    if not self._studio.blocks:
+    if not self._studio.attentions.blocks:
       return
     place = [self._row, self._column]
     inputs = [self._index, self._evaluation, self._block, self._head]
     outputs = [
-      self._attention_status, self._state, self._weights, self._bias,
-      self._size,
+      self._attention_status, self._state, *self._maps, self._bias, self._size,
     ]  # fmt: skip
     attention = words.reporting(self._attention_status, self._attention)
     self._show_attention.click(
@@ -112,7 +114,7 @@ class StepsTab:
 
     def choose_token(block, size, event: gr.SelectData):
       across, down = event.index  # of the pixel, in the picture's own size
-      side = self._studio.tokens(block)
+      side = self._studio.attentions.side(block)
       places = zip((down, across), size)
       return [min(side * x // n, side - 1) for x, n in places]
 
@@ -125,7 +127,7 @@ class StepsTab:
       self._head,
       show_progress="hidden",
     )
-    for picture in (self._state, self._weights):
+    for picture in (self._state, *self._maps):
       picture.select(
         choose_token,
         [self._block, self._size],
@@ -139,7 +141,8 @@ class StepsTab:
       )
 
   def _heads(self, block: str) -> list[str]:
-    return [_MEAN, *map(str, range(self._studio.num_heads(block)))]
+    num = self._studio.attentions.num_heads(block)
+    return [_MEAN, *map(str, range(num))]
 
   def _settings(self, drawn, values):
     """Of the samples on show; before there are any, of the controls."""
@@ -174,7 +177,7 @@ class StepsTab:
       token,
       None if head == _MEAN else int(head),
     )
-    side = self._studio.tokens(block)
+    side = self._studio.attentions.side(block)
     yield {
       self._attention_status: words.said(
         f"{block}, {_head_name(head)}, evaluation {int(evaluation or 0)}:"
@@ -185,22 +188,37 @@ class StepsTab:
   def _pictures(self, found, token: tuple[int, int], side: int) -> dict:
     where = f"row {token[0]}, column {token[1]}"
     state = heat.mark(heat.enlarge(found.state), token, side)
-    weights = heat.fit(heat.heat(found.weights), state.shape)
-    top = np.nanmax(found.weights)
-    place = np.unravel_index(np.nanargmax(found.weights), found.weights.shape)
     return {
       self._state: gr.Image(
         state, alt_text=f"The noisy image; a frame marks the token in {where}."
       ),
-      self._weights: gr.Image(
-        heat.mark(weights, token, side),
-        label=f"Token reads: black 0, yellow {top:.3g}",
-        alt_text=f"Attention of the token in {where}: it reads most, {top:.3g},"
-        f" from row {place[0]}, column {place[1]}; gray is outside its window.",
-      ),
       self._bias: _bias(found.bias),
       self._size: state.shape[:2],
+    } | {
+      shown: _map(weights, token, side, state.shape, subject)
+      for shown, weights, subject in zip(
+        self._maps, found.maps, self._subjects()
+      )
     }
+
+  def _subjects(self) -> list[str]:
+    """Who reads in each map: the token or, of several networks, which one."""
+    titles = self._studio.attentions.titles
+    return titles if len(titles) > 1 else ["Token reads"]
+
+
+def _map(weights: np.ndarray, token, side: int, shape, subject: str):
+  """The update of the picture of what a token reads."""
+  top = np.nanmax(weights)
+  place = np.unravel_index(np.nanargmax(weights), weights.shape)
+  picture = heat.fit(heat.heat(weights), shape)
+  return gr.Image(
+    heat.mark(picture, token, side),
+    label=f"{subject}: black 0, yellow {top:.3g}",
+    alt_text=f"{subject}: attention of the token in row {token[0]}, column"
+    f" {token[1]}. It reads most, {top:.3g}, from row {place[0]}, column"
+    f" {place[1]}; gray is outside its window.",
+  )
 
 
 def _bias(bias: np.ndarray | None):

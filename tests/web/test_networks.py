@@ -16,6 +16,7 @@ from web.driving import (
   ended,
   go_to,
   open_settings,
+  picture,
   pictures,
   run_command,
   sample,
@@ -67,9 +68,30 @@ def end_in_the_midst(page, server, number) -> None:
   assert time.monotonic() - begun < 5
 
 
-def test_a_file_with_a_guide(open_page, file, plain_run, data_dir, tmp_path):
+def check_attention_beside(page) -> None:
+  """A click in a map shows what that token reads in both networks."""
+  go_to(page, "Steps")
+  button(page, "Show attention").click()
+  ended(page, "the token in row 0, column 0")
+  page.locator("#beside img").click(position={"x": 5, "y": 100})
+  ended(page, "the token in row [1-7], column 0")
+  seen = {}
+  for name, title in (
+    ("weights", "digits-debug"), ("beside", "digits-debug-time_in=plain")
+  ):  # fmt: skip
+    image = page.locator(f"#{name} img")
+    alt = image.get_attribute("alt")
+    assert alt.startswith(f"{title}: attention of the token in row"), alt
+    page.locator(f"#{name}").get_by_text(f"{title}: black 0, yellow").wait_for()
+    seen[name] = picture(page, image.get_attribute("src"))
+  assert (seen["weights"] != seen["beside"]).any()
+
+
+def test_a_file_with_a_guide_and_one_beside(
+  open_page, file, plain_run, data_dir, tmp_path
+):
   with Server(
-    f"--checkpoint={file} --guide={plain_run} --port=0",
+    f"--checkpoint={file} --guide={plain_run} --beside={plain_run} --port=0",
     tmp_path / "log",
     TFDS_DATA_DIR=data_dir,
   ) as server:
@@ -84,6 +106,7 @@ def test_a_file_with_a_guide(open_page, file, plain_run, data_dir, tmp_path):
     assert "--guide_scale=2.5" in command_of(page)
     assert f"--guide={plain_run}" in command_of(page)
     check_samples(page, run_command(page, tmp_path))
+    check_attention_beside(page)
     go_to(page, "Run")
     page.get_by_text("use --workdir").wait_for()
     end_in_the_midst(page, server, signal.SIGTERM)
@@ -113,3 +136,13 @@ def test_a_latent_run(open_page, latent_run, data_dir, tmp_path):
     assert list(folder.glob("diffit_jax_page_*"))
     end_in_the_midst(page, server, signal.SIGINT)
   assert not list(folder.glob("diffit_jax_page_*"))
+
+
+def test_one_beside_that_sees_something_else_is_refused(workdir, latent_run):
+  told = commands.last_error(
+    f"explore --workdir={workdir} --beside={latent_run} --port=0"
+  )
+  assert told == (
+    f"error: --beside={latent_run} was trained with diffusion.kind='adm' and"
+    " this network with 'edm': both are to be trained by the same objective"
+  )
