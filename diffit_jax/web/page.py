@@ -55,6 +55,7 @@ CSS = """
 }
 .status progress::-webkit-progress-value { background: var(--color-accent); }
 .status progress::-moz-progress-bar { background: var(--color-accent); }
+.dark { --color-accent: var(--primary-400); }
 .status .error { color: var(--error-text-color); font-weight: 600; }
 @media (max-width: 480px) {
   button[role="tab"] { padding: 0 7px !important; font-size: 13px !important; }
@@ -94,7 +95,8 @@ SCRIPT = """
 def theme():
   """Gradio's own with fonts of the machine, and colors that stand out more.
 
-  No font is fetched; text has a contrast of 4.5 to 1 or more.
+  No font is fetched; text has a contrast of 4.5 to 1 or more, on a light ground
+  and on the dark one of browsers that ask for it.
   """
   return gr.themes.Default(
     primary_hue="blue",

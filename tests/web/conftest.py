@@ -51,8 +51,9 @@ def open_page(context, server):
   """Opens the page in a tab; all that it asks for must be the server's."""
   pages, asked, bad = [], [], []
 
-  def open_one(address=None, width=1280):
+  def open_one(address=None, width=1280, scheme="light"):
     pages.append(page := context.new_page())
+    page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 900})
     page.set_default_timeout(60_000)
     page.on("request", lambda request: asked.append(request.url))
