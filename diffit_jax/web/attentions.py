@@ -7,6 +7,7 @@ from diffit_jax import models, pictures
 from diffit_jax.errors import UserError
 from diffit_jax.generation import attention_maps
 from diffit_jax.generation.weights import Weights
+from diffit_jax.models.compute import PLAIN
 from diffit_jax.web.terms import Attention
 
 
@@ -86,7 +87,7 @@ class Attentions:
 def _compile(loaded: Weights) -> tuple:
   """Of a network: its attention, compiled, and {block: (heads, side)}."""
   config, side = loaded.config, loaded.config.data.resolution
-  model = models.make_model(config.model).clone(attention="xla")
+  model = models.make_model(config.model).clone(attention=PLAIN)
 
   @jax.jit
   def look(params, x, level, labels):

@@ -4,7 +4,7 @@ import html
 
 import gradio as gr
 
-from diffit_jax.web import run_view, words
+from diffit_jax.web import frames, run_view, words
 
 
 class RunTab:
@@ -22,9 +22,9 @@ class RunTab:
     gr.Markdown("## Scores")
     self._cards = gr.HTML("")
     gr.Markdown("## Training curves")
-    self._curves = _gallery("Curves", "curves")
+    self._curves = frames.gallery("Curves", "curves", "large")
     gr.Markdown("## Samples over time")
-    self._grids = _gallery("Sample grids", "grids")
+    self._grids = frames.gallery("Sample grids", "grids", "large")
     self._shown = gr.State(None)  # files of which this page shows what they say
     read = words.reporting(self._status, self._read)
     for event in (tab.select, refresh.click):
@@ -63,16 +63,3 @@ class RunTab:
         for grid in grids
       ],
     }
-
-
-def _gallery(label: str, name: str):
-  return gr.Gallery(
-    label=label,
-    format="png",
-    interactive=False,
-    object_fit="contain",
-    buttons=["download", "fullscreen"],
-    elem_id=name,
-    elem_classes="pictures large",
-    height="auto",
-  )

@@ -3,10 +3,11 @@
 import gradio as gr
 import numpy as np
 
-from diffit_jax.web import heat, words
-from diffit_jax.web.samples_tab import SamplesTab, flat
+from diffit_jax.web import frames, heat, words
+from diffit_jax.web.samples_tab import SamplesTab
 
 _MEAN = "mean of the heads"
+_WIDTH = 200  # of a picture, at least, in pixels
 
 
 class StepsTab:
@@ -27,15 +28,8 @@ class StepsTab:
       )
       show = gr.Button("Show steps", variant="primary", min_width=140)
     self._status = words.status_box()
-    self._strip = gr.Gallery(
-      label="Clean image as predicted (x-hat)",
-      format="png",
-      interactive=False,
-      object_fit="contain",
-      buttons=["download", "fullscreen"],
-      elem_id="strip",
-      elem_classes="crisp pictures wider",
-      height="auto",
+    self._strip = frames.gallery(
+      "Clean image as predicted (x-hat)", "strip", "crisp wider"
     )
     if studio.attentions.blocks:
       self._make_attention()
@@ -70,12 +64,14 @@ class StepsTab:
     self._attention_status = words.status_box()
     self._size = gr.State(None)  # (height, width) of the pictures
     with gr.Row():
-      self._state = _picture("Noisy image at that evaluation", "state")
+      self._state = frames.picture(
+        "Noisy image at that evaluation", "state", _WIDTH
+      )
       self._maps = [
-        _picture(subject, name)
+        frames.picture(subject, name, _WIDTH)
         for name, subject in zip(("weights", "beside"), self._subjects())
       ]
-      self._bias = _picture("Learned bias B of the head", "bias")
+      self._bias = frames.picture("Learned bias B of the head", "bias", _WIDTH)
 
   def _listen(self, show) -> None:
     source = [self._samples.drawn, *self._samples.inputs]
@@ -153,7 +149,7 @@ class StepsTab:
     yield {self._status: words.said("working: the path of that sample")}
     strip = self._studio.strip(settings, int(index or 0), int(columns))
     pictures = [
-      (flat(image), f"evaluation {number}, noise level {level:.3g}")
+      (frames.flat(image), f"evaluation {number}, noise level {level:.3g}")
       for number, level, image in zip(*strip)
     ]
     yield {
@@ -231,20 +227,6 @@ def _bias(bias: np.ndarray | None):
     label=f"Bias B: blue -{top:.3g}, red {top:.3g}",
     alt_text=f"The bias by offset of row and column, from {bias.min():.3g} to"
     f" {bias.max():.3g}; the middle is the token itself.",
-  )
-
-
-def _picture(label: str, name: str):
-  return gr.Image(
-    label=label,
-    format="png",
-    type="numpy",
-    interactive=False,
-    buttons=["download", "fullscreen"],
-    alt_text=f"{label}: nothing is shown yet.",
-    elem_id=name,
-    elem_classes="crisp map",
-    min_width=200,
   )
 
 
