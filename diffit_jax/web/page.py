@@ -46,6 +46,9 @@ CSS = """
 .pictures .gallery-container:has(.preview) { min-height: 420px; }
 .map .image-container { padding-top: 30px; }
 .map img { width: 100%; }
+.map [data-testid="block-label"] {
+  max-width: calc(100% - 64px); overflow: hidden; white-space: nowrap;
+}
 .status progress {
   appearance: none; width: 60%; height: 10px; border: 0;
   background: var(--border-color-primary);
@@ -55,7 +58,9 @@ CSS = """
 }
 .status progress::-webkit-progress-value { background: var(--color-accent); }
 .status progress::-moz-progress-bar { background: var(--color-accent); }
-.dark { --color-accent: var(--primary-400); }
+.dark {
+  --color-accent: var(--primary-400); --slider-color: var(--primary-400);
+}
 .status .error { color: var(--error-text-color); font-weight: 600; }
 @media (max-width: 480px) {
   button[role="tab"] { padding: 0 7px !important; font-size: 13px !important; }

@@ -40,6 +40,7 @@ class StepsTab:
     gr.Markdown(
       "## Attention\nWhat one token reads from the others, at one evaluation of"
       " the network. Click a place of the picture, or write its row and column."
+      " Black is 0, and yellow the most that is read."
     )
     with gr.Row():
       self._evaluation = gr.Number(
@@ -210,7 +211,7 @@ def _map(weights: np.ndarray, token, side: int, shape, subject: str):
   picture = heat.fit(heat.heat(weights), shape)
   return gr.Image(
     heat.mark(picture, token, side),
-    label=f"{subject}: black 0, yellow {top:.3g}",
+    label=f"{subject}: 0 to {top:.3g}",
     alt_text=f"{subject}: attention of the token in row {token[0]}, column"
     f" {token[1]}. It reads most, {top:.3g}, from row {place[0]}, column"
     f" {place[1]}; gray is outside its window.",

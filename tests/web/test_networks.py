@@ -82,7 +82,7 @@ def check_attention_beside(page) -> None:
     image = page.locator(f"#{name} img")
     alt = image.get_attribute("alt")
     assert alt.startswith(f"{title}: attention of the token in row"), alt
-    page.locator(f"#{name}").get_by_text(f"{title}: black 0, yellow").wait_for()
+    page.locator(f"#{name}").get_by_text(f"{title}: 0 to").wait_for()
     seen[name] = picture(page, image.get_attribute("src"))
   assert (seen["weights"] != seen["beside"]).any()
 
