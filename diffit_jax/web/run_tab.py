@@ -26,7 +26,7 @@ class RunTab:
     gr.Markdown("## Samples over time")
     self._grids = frames.gallery("Sample grids", "grids", "large")
     self._shown = gr.State(None)  # files of which this page shows what they say
-    read = words.reporting(self._status, self._read)
+    read = words.reporting(self._status, self.read)
     for event in (tab.select, refresh.click):
       event(
         read,
@@ -37,7 +37,8 @@ class RunTab:
         show_progress="hidden",
       )  # fmt: skip
 
-  def _read(self, shown: dict | None):
+  def read(self, shown: dict | None):
+    """Updates of the components, from the files that the page showed last."""
     yield {self._status: words.said("reading the run")}
     files = run_view.look(self._workdir)
     curves = run_view.read_curves(self._workdir)

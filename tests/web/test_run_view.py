@@ -1,6 +1,7 @@
 """What the page reads of a run's folder, and what it does not."""
 
 import json
+import types
 
 import numpy as np
 from PIL import Image
@@ -87,6 +88,30 @@ def test_a_look_changes_with_every_file_that_is_shown(run):
     (run / folder / name).write_text("more")
     before = run_view.look(run)
     assert before != now
+
+
+def test_an_unchanged_run_sends_its_pictures_once(run):
+  import gradio as gr  # not there where these tests are not run
+
+  from diffit_jax.web import run_tab
+
+  with gr.Blocks(), gr.Tab("Run") as tab:
+    view = run_tab.RunTab(types.SimpleNamespace(workdir=run), tab)
+
+  def read(shown):
+    """(ids of the galleries that are sent, files that the page then shows)."""
+    sent = {}
+    for update in view.read(shown):
+      for component, value in update.items():
+        sent[component.elem_id or type(component)] = value
+    return sent.keys() & {"curves", "grids"}, sent[gr.State]
+
+  sent, shown = read(None)
+  assert sent == {"curves", "grids"}
+  assert read(shown) == (set(), shown)
+  (run / "samples/samples_edm_00000030.png").write_bytes(b"")
+  sent, after = read(shown)
+  assert sent == {"curves", "grids"} and after != shown
 
 
 def test_nothing_outside_of_the_workdir_is_read(run, tmp_path):
