@@ -4,38 +4,37 @@
   python -m benchmarks.attention_maps --models=runs/with,runs/without
 
 Each model, a workdir or a .safetensors file, makes samples with its config's
-sampler. In the picture, columns are noise levels of the first sample's
-trajectory; rows are its noisy image and, for some of the blocks, the softmax of
-equation (6) with the centre token (red) as the query, averaged over heads: what
-that token reads at that moment. A row's colours go from 0 to the number beside
-it. A windowed block sees its window only; the rest is left gray.
+sampler, those of `sample`. In the picture, columns are noise levels of the
+first sample's trajectory; rows are its noisy image and, for some of the blocks,
+the softmax of equation (6) with the centre token (red) as the query, averaged
+over heads: what that token reads at that moment. A row's colours go from 0 to
+the number beside it. A windowed block sees its window only; the rest is left
+gray.
 
 The table says how far attention moves between the first column and the last:
 the share of a token's weight that lands on other tokens (total variation),
 averaged over tokens, heads and --num samples.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import dataclasses
 import pathlib
 
 from absl import flags
 import jax
-import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 
-from diffit_jax import cli, models, paths, sampling
-from diffit_jax.environment import PRNG
-from diffit_jax.generation import generator, weights
+from diffit_jax import cli, paths
+from diffit_jax.generation import generator, stepwise, weights
 from diffit_jax.generation.attention_maps import (
   attention_weights,
   centre_map,
   network_order,
 )
 from diffit_jax.generation.labels import choose_labels
-from diffit_jax.generation.options import SamplerOptions
+from diffit_jax.models.compute import PLAIN
 from diffit_jax.parallel.mesh import make_mesh
-from diffit_jax.sampling.scan import Denoiser, Solver
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +69,14 @@ def main() -> int:
 
 def load(path: str) -> weights.Weights:
   """The averaged weights of a workdir or a file, on one device."""
-  mesh = make_mesh(devices=jax.devices()[:1])
+  mesh = one_device()
   if path.endswith(".safetensors"):
     return weights.from_file(path, mesh)
   return weights.from_workdir(path, mesh)
+
+
+def one_device() -> Mesh:
+  return make_mesh(devices=jax.devices()[:1])
 
 
 def follow(
@@ -85,49 +88,32 @@ def follow(
 ) -> Maps:
   """Samples, and looks at the attention at some noise levels on the way."""
   config, params = loaded.config, loaded.params
-  model = models.make_model(config.model)
-  if model.num_classes:
-    labels = choose_labels(
-      np.arange(num),
-      seed,
-      model.num_classes,
-      labels or f"0-{model.num_classes - 1}",
-    )
-  options = SamplerOptions.from_config(config)
-  denoiser = options.guidance.denoiser(
-    generator.make_network(model, params, config), labels, model.num_classes
+  num_classes = config.model.num_classes
+  model, mesh = generator.make_model(config), one_device()
+  labels = labels or (f"0-{num_classes - 1}" if num_classes else "random")
+  index = np.arange(num, dtype=np.uint32)
+  labels = choose_labels(index, seed, num_classes, labels)
+  plain = model.clone(attention=PLAIN)
+  read = jax.jit(
+    attention_weights(plain, config, labels if num_classes else None)
   )
-  solver = sampling.make_solver(options.solver, **options.solver_options)
-  shape = (num, *[config.data.resolution] * 2, model.channels)
-  key = jax.random.key(seed, impl=PRNG)
-  states = list(trajectory(jax.jit(denoiser), solver, key, shape))
-  chosen = np.linspace(0, len(states) - 1, columns).round().astype(int)
-  look = jax.jit(attention_weights(model, config, labels))
-  seen = [look(params, *states[i]) for i in chosen]
+  watched = stepwise.Stepwise(model, config, mesh)
+  run, seen = watched.begin(params, seed, index, labels), []
+  chosen = np.linspace(0, watched.num_evaluations - 1, columns)
+  for i in chosen.round().astype(int):
+    run = watched.advance(run, int(i))
+    x, level, _ = watched.look(run)
+    seen.append((level[0], x[0], read(params, x, level)))
+  levels, states, maps = zip(*seen)
   return Maps(
     name=config.name,
-    levels=np.array([states[i][1][0] for i in chosen]),
-    states=np.array([states[i][0][0] for i in chosen]),
+    levels=np.array(levels),
+    states=np.array(states),
     weights={
-      name: np.stack([each[name] for each in seen])
-      for name in sorted(seen[0], key=network_order)
+      name: np.stack([each[name] for each in maps])
+      for name in sorted(maps[0], key=network_order)
     },
   )
-
-
-def trajectory(
-  denoiser: Denoiser, solver: Solver, key: jax.Array, shape: Sequence[int]
-) -> Iterator[tuple[jax.Array, jax.Array]]:
-  """(x, level [b]) of every evaluation of a solver's run, one by one."""
-  draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), shape)
-  carry = solver.start(draw(solver.num_draws))
-  for i in range(solver.num_evaluations):
-    row = {name: table[i] for name, table in solver.rows.items()}
-    z = draw(row["draw"]) if solver.num_draws else None
-    carry, x, level = solver.query(carry, row, z)
-    level = jnp.broadcast_to(level, shape[:1])
-    yield x, level
-    carry = solver.update(carry, row, denoiser(x, level), z)
 
 
 def moved(weights: np.ndarray) -> float:

@@ -23,6 +23,11 @@ _GUIDE = cli.define_path(
   "Workdir or .safetensors file, also hf://..., of a worse network, for"
   " autoguidance.",
 )
+_BESIDE = cli.define_path(
+  "beside",
+  "Workdir or .safetensors file of a network with the same blocks, whose"
+  " attention is shown beside, such as one of model.time_in='plain'.",
+)
 _HOST = flags.DEFINE_string(
   "host",
   "127.0.0.1",
@@ -51,6 +56,7 @@ def main() -> None:
     vae=_VAE.value,
     config=_config(),
     guide=_GUIDE.value,
+    beside=_BESIDE.value,
   )
   server.serve(studio, _HOST.value, listener)
 

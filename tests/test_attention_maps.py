@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks import attention_maps
 from configs import cifar10_song, digits, imagenet256
-from diffit_jax import models, sampling
+from diffit_jax import models
+from diffit_jax.environment import PRNG
 from diffit_jax.generation.weights import Weights
 from diffit_jax.models import attention
 from diffit_jax.models.kernels import plain
@@ -61,27 +62,6 @@ def test_the_centre_token_and_its_window():
   assert np.argmax(attention_maps.centre_map(weights)) == 10
 
 
-def test_the_trajectory_is_the_samplers():
-  """D = 0.25 x / (sigma^2 + 0.25): the golden end of 18 Heun steps from 1.
-
-  The last step is one of Euler's down to 0, where x = D of the last state.
-  """
-  denoiser = lambda x, sigma: (
-    0.25 * x / (sigma[:, None, None, None] ** 2 + 0.25)
-  )
-  solver = sampling.make_solver("edm_heun", 18)
-  states = list(
-    attention_maps.trajectory(denoiser, solver, jax.random.key(0), (2, 3, 3, 1))
-  )
-  levels = np.array([level[0] for _, level in states])
-  np.testing.assert_allclose(
-    levels, sampling.make_solver("edm_heun", 18).levels, rtol=1e-6
-  )
-  np.testing.assert_allclose(
-    denoiser(*states[-1]) / (states[0][0] / 80), 0.527624637001, rtol=1e-5
-  )
-
-
 def follow(config, **kwargs):
   """Maps of a network of random weights."""
   model, side = models.make_model(config.model), config.data.resolution
@@ -93,6 +73,16 @@ def follow(config, **kwargs):
   )
   loaded = Weights(params, config, step=0, ema="edm", source="made up")
   return attention_maps.follow(loaded, 4, seed=0, labels=None, **kwargs)
+
+
+def test_the_trajectory_is_that_of_the_samples():
+  """It begins at 80 times the noise of sample 0, and falls to 0.002."""
+  config = digits.get_config("debug")
+  maps = follow(config, columns=2)
+  key = jax.random.fold_in(jax.random.key(0, impl=PRNG), 0)
+  noise = jax.random.normal(jax.random.split(key)[0], (8, 8, 1))
+  np.testing.assert_allclose(maps.states[0], 80 * noise, rtol=1e-5)
+  np.testing.assert_allclose(maps.levels, [80, 0.002], rtol=1e-5)
 
 
 @pytest.mark.slow

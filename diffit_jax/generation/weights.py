@@ -191,6 +191,7 @@ def load_guide(
   *,
   ema: str | None = None,
   step: int | None = None,
+  flag: str = "guide",
 ) -> Weights:
   """Weights of a network that guides another (autoguidance).
 
@@ -206,6 +207,7 @@ def load_guide(
     main: the weights that are guided.
     ema: see `from_workdir`.
     step: the checkpoint of a workdir; None is the newest.
+    flag: the one that gave the path, for what is refused.
 
   Raises:
     UserError: no weights there, or not of a network that can guide this one.
@@ -218,26 +220,26 @@ def load_guide(
     file = hub.fetch(path)
     config = None if native.is_native(file.path) else main.config
     found = _from_found(file, mesh, ema, config)
-  _check_fit(path, found.config, main.config)
+  _check_fit(f"--{flag}={path}", found.config, main.config)
   return found
 
 
-def _check_fit(path, guide, main) -> None:
-  kinds.row(guide["diffusion"])
-  own, wanted = guide["diffusion"]["kind"], main["diffusion"]["kind"]
+def _check_fit(given: str, other, main) -> None:
+  kinds.row(other["diffusion"])
+  own, wanted = other["diffusion"]["kind"], main["diffusion"]["kind"]
   if own != wanted:
     raise UserError(
-      f"--guide={path} was trained with diffusion.kind={own!r} and this network"
-      f" with {wanted!r}: a guide is to be trained by the same objective"
+      f"{given} was trained with diffusion.kind={own!r} and this network with"
+      f" {wanted!r}: both are to be trained by the same objective"
     )
   for section, field in _ALIKE:
     own, wanted = (
-      config.get(section, {}).get(field) for config in (guide, main)
+      config.get(section, {}).get(field) for config in (other, main)
     )
     if own != wanted:
       raise UserError(
-        f"--guide={path} has {section}.{field}={own} and this network {wanted}:"
-        " a guide makes the same samples, only worse"
+        f"{given} has {section}.{field}={own} and this network {wanted}: both"
+        " are to make the same samples"
       )
 
 

@@ -5,8 +5,7 @@ import numpy as np
 
 from diffit_jax.errors import UserError
 from diffit_jax.pictures import page as grid_of
-from diffit_jax.web import controls, heat, words
-from diffit_jax.web.samples_tab import flat
+from diffit_jax.web import controls, frames, heat, words
 
 _WORK = "compare"  # what `words.Stops` calls it
 
@@ -33,7 +32,7 @@ class CompareTab:
     self._status = words.status_box()
     with gr.Row():
       self._pictures = [
-        _picture(label, name)
+        frames.picture(label, name, 260)
         for label, name in (
           ("A", "compare_a"),
           ("B", "compare_b"),
@@ -88,8 +87,9 @@ class CompareTab:
       f"mean of |A - B|: {gaps.mean():.3f} of 255; largest {gaps.max():.0f};"
       f" {same} of {len(a)} samples have the same bits"
     )
+    large = lambda picture: frames.flat(heat.enlarge(grid_of(picture), 480))
     update = lambda picture, label, alt: gr.Image(
-      flat(heat.enlarge(grid_of(picture), 480)), label=label, alt_text=alt
+      large(picture), label=label, alt_text=alt
     )
     top = f"|A - B|: black 0, yellow {gaps.max():.0f} of 255"
     return dict(
@@ -102,16 +102,3 @@ class CompareTab:
         ),
       )
     ) | {self._status: words.said(text)}
-
-
-def _picture(label: str, name: str):
-  return gr.Image(
-    label=label,
-    format="png",
-    interactive=False,
-    buttons=["download", "fullscreen"],
-    alt_text=f"{label}: nothing is shown yet.",
-    elem_id=name,
-    elem_classes="crisp map",
-    min_width=260,
-  )

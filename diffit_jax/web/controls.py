@@ -145,8 +145,6 @@ def step_choices(steps: list[int]) -> list[str]:
 
 def make_settings(draw: dict, sampler: dict) -> Settings:
   """`Settings` of what both kinds of controls read."""
-  from diffit_jax.web.terms import Settings
-
   return Settings(**draw, **sampler)
 
 

@@ -17,7 +17,7 @@ from diffit_jax.web.samples_tab import SamplesTab
 from diffit_jax.web.steps_tab import StepsTab
 from diffit_jax.web.words import Stops
 
-_REFRESH = 10  # seconds between two looks for new checkpoints
+_REFRESH = 5  # seconds between two looks for new checkpoints
 _KEPT = 6 * 3600  # seconds that a file to download is kept
 
 CSS = """
@@ -46,6 +46,9 @@ CSS = """
 .pictures .gallery-container:has(.preview) { min-height: 420px; }
 .map .image-container { padding-top: 30px; }
 .map img { width: 100%; }
+.map [data-testid="block-label"] {
+  max-width: calc(100% - 64px); overflow: hidden; white-space: nowrap;
+}
 .status progress {
   appearance: none; width: 60%; height: 10px; border: 0;
   background: var(--border-color-primary);
@@ -55,6 +58,9 @@ CSS = """
 }
 .status progress::-webkit-progress-value { background: var(--color-accent); }
 .status progress::-moz-progress-bar { background: var(--color-accent); }
+.dark {
+  --color-accent: var(--primary-400); --slider-color: var(--primary-400);
+}
 .status .error { color: var(--error-text-color); font-weight: 600; }
 @media (max-width: 480px) {
   button[role="tab"] { padding: 0 7px !important; font-size: 13px !important; }
@@ -94,7 +100,8 @@ SCRIPT = """
 def theme():
   """Gradio's own with fonts of the machine, and colors that stand out more.
 
-  No font is fetched; text has a contrast of 4.5 to 1 or more.
+  No font is fetched; text has a contrast of 4.5 to 1 or more, on a light ground
+  and on the dark one of browsers that ask for it.
   """
   return gr.themes.Default(
     primary_hue="blue",

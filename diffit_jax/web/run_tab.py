@@ -4,7 +4,7 @@ import html
 
 import gradio as gr
 
-from diffit_jax.web import run_view, words
+from diffit_jax.web import frames, run_view, words
 
 
 class RunTab:
@@ -22,44 +22,45 @@ class RunTab:
     gr.Markdown("## Scores")
     self._cards = gr.HTML("")
     gr.Markdown("## Training curves")
-    self._curves = _gallery("Curves", "curves")
+    self._curves = frames.gallery("Curves", "curves", "large")
     gr.Markdown("## Samples over time")
-    self._grids = _gallery("Sample grids", "grids")
-    outputs = [self._status, self._cards, self._curves, self._grids]
-    read = words.reporting(self._status, self._read)
+    self._grids = frames.gallery("Sample grids", "grids", "large")
+    self._shown = gr.State(None)  # files of which this page shows what they say
+    read = words.reporting(self._status, self.read)
     for event in (tab.select, refresh.click):
-      event(read, None, outputs, show_progress="hidden")
+      event(
+        read,
+        self._shown,
+        [
+          self._status, self._cards, self._curves, self._grids, self._shown,
+        ],
+        show_progress="hidden",
+      )  # fmt: skip
 
-  def _read(self):
+  def read(self, shown: dict | None):
+    """Updates of the components, from the files that the page showed last."""
     yield {self._status: words.said("reading the run")}
-    yield {self._cards: run_view.cards_html(run_view.read_cards(self._workdir))}
+    files = run_view.look(self._workdir)
     curves = run_view.read_curves(self._workdir)
+    grids = run_view.read_grids(self._workdir)
+    if files != shown:
+      yield self._pictures(curves, grids)
     yield {
+      self._status: words.said(
+        f"{len(curves)} curves, {len(grids)} sample grids"
+      ),
+      self._shown: files,
+    }
+
+  def _pictures(self, curves, grids) -> dict:
+    return {
+      self._cards: run_view.cards_html(run_view.read_cards(self._workdir)),
       self._curves: [
         (run_view.curve_picture(*each), run_view.curve_text(*each))
         for each in curves.items()
-      ]
-    }
-    grids = run_view.read_grids(self._workdir)
-    yield {
+      ],
       self._grids: [
         (grid.image, f"step {grid.step}, average {grid.average}")
         for grid in grids
       ],
-      self._status: words.said(
-        f"{len(curves)} curves, {len(grids)} sample grids"
-      ),
     }
-
-
-def _gallery(label: str, name: str):
-  return gr.Gallery(
-    label=label,
-    format="png",
-    interactive=False,
-    object_fit="contain",
-    buttons=["download", "fullscreen"],
-    elem_id=name,
-    elem_classes="pictures large",
-    height="auto",
-  )

@@ -6,6 +6,7 @@ is damaged or half written never hides the others.
 """
 
 from collections.abc import Iterator, Mapping
+import functools
 import html
 import io
 import os
@@ -24,8 +25,13 @@ from diffit_jax.evaluation.metrics import table
 MAX_GRIDS = 24
 _MAX_POINTS = 1000  # of a curve; a picture has no room for more
 _GRID = re.compile(r"samples_([A-Za-z0-9_.=-]+)_(\d{8,})\.png")
-_CARDS = re.compile(r"[^/\\]+\.json")
+_CARDS = (
+  ("evaluation", re.compile(r"[^/\\]+\.json")),
+  ("demo", re.compile(r"card\.json")),
+)
 _EVENTS = re.compile(r"events\.out\.tfevents\.[^/\\]+")
+# Folders, and names of their files.
+_SHOWN = (*_CARDS, ("tensorboard", _EVENTS), ("samples", _GRID))
 _NO_TENSORFLOW = "tensorboard.compat.notf"
 
 
@@ -58,12 +64,20 @@ def inside(
   ]
 
 
+def look(workdir: pathlib.Path) -> dict[str, tuple[int, int]]:
+  """{file: (time of its last change, bytes)} of all that is shown of a run."""
+  return {
+    str(path): (found.st_mtime_ns, found.st_size)
+    for folder, names in _SHOWN
+    for path in inside(workdir, folder, names)
+    if (found := _stat(path)) is not None
+  }
+
+
 def read_cards(workdir: pathlib.Path) -> dict[str, dict | str]:
   """{name: card, or what is wrong with it} of a run, in order of name."""
   found = {}
-  for folder, names in (
-    ("evaluation", _CARDS), ("demo", re.compile(r"card\.json"))
-  ):  # fmt: skip
+  for folder, names in _CARDS:
     for path in inside(workdir, folder, names):
       name = f"{folder}/{path.name}"
       try:
@@ -122,10 +136,15 @@ def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 def curve_picture(name: str, points: list[tuple[int, float]]) -> np.ndarray:
   """A curve as uint8 [h, w, 3]; values that are not finite are gaps."""
+  return _drawn(name, tuple(thinned(points)))
+
+
+@functools.lru_cache(maxsize=64)  # a plot takes 60 ms, of which all pages wait
+def _drawn(name: str, points: tuple[tuple[int, float], ...]) -> np.ndarray:
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  steps, values = np.array(thinned(points), np.float64).T
+  steps, values = np.array(points, np.float64).T
   figure = Figure((4.8, 3.0), dpi=100, layout="constrained")
   axes = figure.subplots()
   marker = "o" if len(steps) < 30 else None
@@ -154,6 +173,14 @@ def read_grids(workdir: pathlib.Path) -> list[Grid]:
     places = np.linspace(0, len(paths) - 1, MAX_GRIDS).round().astype(int)
     paths = [paths[i] for i in places]
   return [grid for path in paths if (grid := _grid(path)) is not None]
+
+
+def _stat(path: pathlib.Path) -> os.stat_result | None:
+  """None where the file has just gone."""
+  try:
+    return path.stat()
+  except OSError:
+    return None
 
 
 def _grid(path: pathlib.Path) -> Grid | None:

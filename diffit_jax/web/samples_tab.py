@@ -11,7 +11,7 @@ import numpy as np
 from diffit_jax.npz import write_npz
 from diffit_jax.pictures import page as grid_of
 from diffit_jax.pictures import write_png
-from diffit_jax.web import controls, words
+from diffit_jax.web import controls, frames, words
 
 _WORK = "sample"  # what `words.Stops` calls it
 
@@ -32,16 +32,7 @@ class SamplesTab:
           self.sampler = controls.Sampler(studio)
       with gr.Column(scale=3, min_width=300):
         self._status = words.status_box()
-        self.gallery = gr.Gallery(
-          label="Samples",
-          format="png",
-          interactive=False,
-          object_fit="contain",
-          buttons=["download", "fullscreen"],
-          elem_id="samples",
-          elem_classes="crisp pictures",
-          height="auto",
-        )
+        self.gallery = frames.gallery("Samples", "samples", "crisp")
         with gr.Row():
           self._png = gr.DownloadButton(
             "Download PNG", interactive=False, min_width=120
@@ -129,14 +120,9 @@ class SamplesTab:
 def captioned(samples: np.ndarray, labels, names: list[str]) -> list[tuple]:
   """(picture, caption) of uint8 [n, h, w, c], for a gallery."""
   return [
-    (flat(image), f"sample {i}{_class(label, names)}")
+    (frames.flat(image), f"sample {i}{_class(label, names)}")
     for i, (image, label) in enumerate(zip(samples, labels))
   ]
-
-
-def flat(image: np.ndarray) -> np.ndarray:
-  """[h, w, 1] -> [h, w], the form that Pillow takes; colors stay."""
-  return image[..., 0] if image.shape[-1] == 1 else image
 
 
 def _class(label: int, names: list[str]) -> str:

@@ -3,10 +3,11 @@
 import gradio as gr
 import numpy as np
 
-from diffit_jax.web import heat, words
-from diffit_jax.web.samples_tab import SamplesTab, flat
+from diffit_jax.web import frames, heat, words
+from diffit_jax.web.samples_tab import SamplesTab
 
 _MEAN = "mean of the heads"
+_WIDTH = 200  # of a picture, at least, in pixels
 
 
 class StepsTab:
@@ -27,25 +28,19 @@ class StepsTab:
       )
       show = gr.Button("Show steps", variant="primary", min_width=140)
     self._status = words.status_box()
-    self._strip = gr.Gallery(
-      label="Clean image as predicted (x-hat)",
-      format="png",
-      interactive=False,
-      object_fit="contain",
-      buttons=["download", "fullscreen"],
-      elem_id="strip",
-      elem_classes="crisp pictures wider",
-      height="auto",
+    self._strip = frames.gallery(
+      "Clean image as predicted (x-hat)", "strip", "crisp wider"
     )
-    if studio.blocks:
+    if studio.attentions.blocks:
       self._make_attention()
     self._listen(show)
 
   def _make_attention(self) -> None:
-    blocks = self._studio.blocks
+    blocks = self._studio.attentions.blocks
     gr.Markdown(
       "## Attention\nWhat one token reads from the others, at one evaluation of"
       " the network. Click a place of the picture, or write its row and column."
+      " Black is 0, and yellow the most that is read."
     )
     with gr.Row():
       self._evaluation = gr.Number(
@@ -70,9 +65,14 @@ class StepsTab:
     self._attention_status = words.status_box()
     self._size = gr.State(None)  # (height, width) of the pictures
     with gr.Row():
-      self._state = _picture("Noisy image at that evaluation", "state")
-      self._weights = _picture("What the token reads", "weights")
-      self._bias = _picture("Learned bias B of the head", "bias")
+      self._state = frames.picture(
+        "Noisy image at that evaluation", "state", _WIDTH
+      )
+      self._maps = [
+        frames.picture(subject, name, _WIDTH)
+        for name, subject in zip(("weights", "beside"), self._subjects())
+      ]
+      self._bias = frames.picture("Learned bias B of the head", "bias", _WIDTH)
 
   def _listen(self, show) -> None:
     source = [self._samples.drawn, *self._samples.inputs]
@@ -86,13 +86,12 @@ class StepsTab:
     self._samples.gallery.select(
       _chosen, None, self._index, show_progress="hidden"
     )
-    if not self._studio.blocks:
+    if not self._studio.attentions.blocks:
       return
     place = [self._row, self._column]
     inputs = [self._index, self._evaluation, self._block, self._head]
     outputs = [
-      self._attention_status, self._state, self._weights, self._bias,
-      self._size,
+      self._attention_status, self._state, *self._maps, self._bias, self._size,
     ]  # fmt: skip
     attention = words.reporting(self._attention_status, self._attention)
     self._show_attention.click(
@@ -112,7 +111,7 @@ class StepsTab:
 
     def choose_token(block, size, event: gr.SelectData):
       across, down = event.index  # of the pixel, in the picture's own size
-      side = self._studio.tokens(block)
+      side = self._studio.attentions.side(block)
       places = zip((down, across), size)
       return [min(side * x // n, side - 1) for x, n in places]
 
@@ -125,7 +124,7 @@ class StepsTab:
       self._head,
       show_progress="hidden",
     )
-    for picture in (self._state, self._weights):
+    for picture in (self._state, *self._maps):
       picture.select(
         choose_token,
         [self._block, self._size],
@@ -139,7 +138,8 @@ class StepsTab:
       )
 
   def _heads(self, block: str) -> list[str]:
-    return [_MEAN, *map(str, range(self._studio.num_heads(block)))]
+    num = self._studio.attentions.num_heads(block)
+    return [_MEAN, *map(str, range(num))]
 
   def _settings(self, drawn, values):
     """Of the samples on show; before there are any, of the controls."""
@@ -150,7 +150,7 @@ class StepsTab:
     yield {self._status: words.said("working: the path of that sample")}
     strip = self._studio.strip(settings, int(index or 0), int(columns))
     pictures = [
-      (flat(image), f"evaluation {number}, noise level {level:.3g}")
+      (frames.flat(image), f"evaluation {number}, noise level {level:.3g}")
       for number, level, image in zip(*strip)
     ]
     yield {
@@ -174,7 +174,7 @@ class StepsTab:
       token,
       None if head == _MEAN else int(head),
     )
-    side = self._studio.tokens(block)
+    side = self._studio.attentions.side(block)
     yield {
       self._attention_status: words.said(
         f"{block}, {_head_name(head)}, evaluation {int(evaluation or 0)}:"
@@ -185,22 +185,37 @@ class StepsTab:
   def _pictures(self, found, token: tuple[int, int], side: int) -> dict:
     where = f"row {token[0]}, column {token[1]}"
     state = heat.mark(heat.enlarge(found.state), token, side)
-    weights = heat.fit(heat.heat(found.weights), state.shape)
-    top = np.nanmax(found.weights)
-    place = np.unravel_index(np.nanargmax(found.weights), found.weights.shape)
     return {
       self._state: gr.Image(
         state, alt_text=f"The noisy image; a frame marks the token in {where}."
       ),
-      self._weights: gr.Image(
-        heat.mark(weights, token, side),
-        label=f"Token reads: black 0, yellow {top:.3g}",
-        alt_text=f"Attention of the token in {where}: it reads most, {top:.3g},"
-        f" from row {place[0]}, column {place[1]}; gray is outside its window.",
-      ),
       self._bias: _bias(found.bias),
       self._size: state.shape[:2],
+    } | {
+      shown: _map(weights, token, side, state.shape, subject)
+      for shown, weights, subject in zip(
+        self._maps, found.maps, self._subjects()
+      )
     }
+
+  def _subjects(self) -> list[str]:
+    """Who reads in each map: the token or, of several networks, which one."""
+    titles = self._studio.attentions.titles
+    return titles if len(titles) > 1 else ["Token reads"]
+
+
+def _map(weights: np.ndarray, token, side: int, shape, subject: str):
+  """The update of the picture of what a token reads."""
+  top = np.nanmax(weights)
+  place = np.unravel_index(np.nanargmax(weights), weights.shape)
+  picture = heat.fit(heat.heat(weights), shape)
+  return gr.Image(
+    heat.mark(picture, token, side),
+    label=f"{subject}: 0 to {top:.3g}",
+    alt_text=f"{subject}: attention of the token in row {token[0]}, column"
+    f" {token[1]}. It reads most, {top:.3g}, from row {place[0]}, column"
+    f" {place[1]}; gray is outside its window.",
+  )
 
 
 def _bias(bias: np.ndarray | None):
@@ -213,20 +228,6 @@ def _bias(bias: np.ndarray | None):
     label=f"Bias B: blue -{top:.3g}, red {top:.3g}",
     alt_text=f"The bias by offset of row and column, from {bias.min():.3g} to"
     f" {bias.max():.3g}; the middle is the token itself.",
-  )
-
-
-def _picture(label: str, name: str):
-  return gr.Image(
-    label=label,
-    format="png",
-    type="numpy",
-    interactive=False,
-    buttons=["download", "fullscreen"],
-    alt_text=f"{label}: nothing is shown yet.",
-    elem_id=name,
-    elem_classes="crisp map",
-    min_width=200,
   )
 
 

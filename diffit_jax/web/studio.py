@@ -6,27 +6,31 @@ Everything of JAX is here, and nothing of the page. The samples are those of
 
 import collections
 from collections.abc import Callable, Iterator
+from concurrent import futures
 import dataclasses
+import os
 import pathlib
 import shlex
+import sys
 import threading
 
-import jax
 import numpy as np
 
-from diffit_jax import models, pictures, ranges, sampling
+from diffit_jax import pictures, ranges, sampling
 from diffit_jax.autoencoder.codec import make_codec
 from diffit_jax.diffusion import kinds
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.sets.sampled import names_of_training
-from diffit_jax.generation import attention_maps, generator, stepwise, weights
+from diffit_jax.generation import generator, stepwise, weights
 from diffit_jax.generation.labels import choose_labels
 from diffit_jax.parallel.mesh import make_mesh
 from diffit_jax.run import checkpoint
 from diffit_jax.stop import Stopped
+from diffit_jax.web.attentions import Attentions
 from diffit_jax.web.terms import Attention, Progress, Settings, Strip
 
 PARTS, MOST = 4, 16  # batches of one click, between which it can be stopped
+_NICENESS = 10  # of the threads that compute, more than of the others
 
 
 class Studio:
@@ -40,7 +44,7 @@ class Studio:
     averages: names of its averages, and "none".
     defaults: the config's sampler fields.
     has_guide: whether autoguidance can be asked for.
-    blocks: its attentions, in the order of the network.
+    attentions: what its tokens read, and those of a network beside it.
   """
 
   def __init__(
@@ -51,6 +55,7 @@ class Studio:
     vae: str | None = None,
     config=None,
     guide: str | None = None,
+    beside: str | None = None,
     data_dir: str | None = None,
   ):
     """Loads the newest weights.
@@ -61,6 +66,7 @@ class Studio:
       vae: folder of the VAE of a latent model.
       config: of a file that has none of its own.
       guide: workdir or file of a network that guides.
+      beside: workdir or file of one whose attention is shown beside.
       data_dir: folder of the prepared data sets, for the classes' names.
 
     Raises:
@@ -68,7 +74,7 @@ class Studio:
     """
     self._source, self._config, self._vae = source, config, vae
     self.workdir = None if is_file else pathlib.Path(source)
-    self._mesh, self._lock = make_mesh(), threading.RLock()
+    self._mesh, self._lock = _make_mesh(), threading.RLock()
     self._made: collections.OrderedDict = collections.OrderedDict()
     loaded = self._load(None, None)
     if is_file:
@@ -88,19 +94,14 @@ class Studio:
     self.solvers = [s for s, own in sampling.SOLVERS.items() if process in own]
     self.averages = [*sorted(own.ema), weights.RAW]
     self.defaults = own.sampler.to_dict()
-    self._heads = self._attention_shapes(loaded)
-    self.blocks = sorted(self._heads, key=attention_maps.network_order)
+    other = beside and weights.load_guide(
+      beside, self._mesh, loaded, flag="beside"
+    )
+    self.attentions = Attentions(loaded, other, beside)
 
   def steps(self) -> list[int]:
     """Steps of the finished checkpoints, read anew: a run may train on."""
     return [] if self.workdir is None else checkpoint.list_steps(self.workdir)
-
-  def num_heads(self, block: str) -> int:
-    return self._heads[block][0]
-
-  def tokens(self, block: str) -> int:
-    """Side of the block's map of tokens."""
-    return self._heads[block][1]
 
   def sample(
     self,
@@ -192,15 +193,11 @@ class Studio:
       settings: as the sample was made with.
       index: number of the sample.
       evaluation: from 0.
-      block: one of `blocks`.
+      block: one of `attentions.blocks`.
       token: its row and column, from 0.
       head: one head; None is the mean of all.
     """
-    heads, side = self._heads[block]
-    if not all(0 <= place < side for place in token):
-      raise UserError(f"{token=} is not on the map of {side} x {side} tokens")
-    if head is not None and not 0 <= head < heads:
-      raise UserError(f"{head=} must be from 0 to {heads - 1}")
+    self.attentions.check(block, token, head)
     with self._lock:
       watched, run = self._begin(settings, index)
       last = watched.num_evaluations - 1
@@ -208,15 +205,9 @@ class Studio:
       x, level, _ = watched.look(run)
       loaded = self._prepared(settings)
       labels = run.labels[:1] if loaded.config.model.num_classes else None
-      look = self._keep("attention", lambda: self._attention(loaded.config))
-      found = np.asarray(look(loaded.params, x[:1], level[:1], labels)[block])
-    by_head = found[0]  # [windows, heads, n, n]
-    chosen = by_head.mean(1) if head is None else by_head[:, head]
-    return Attention(
-      attention_maps.token_map(chosen, token),
-      attention_maps.bias_map(loaded.params, block, head),
-      pictures.stretched(np.asarray(x[0])),
-    )
+      return self.attentions.read(
+        loaded.params, x[:1], level[:1], labels, block, token, head
+      )
 
   def _load(self, ema: str | None, step: int | None) -> weights.Weights:
     if self.workdir is not None:
@@ -272,29 +263,6 @@ class Studio:
     rows = rows.astype(np.uint32)
     return watched, watched.begin(loaded.params, settings.seed, rows, labels)
 
-  def _attention(self, config):
-    """(params, x, level, labels) -> {block: weights}, compiled."""
-    model = models.make_model(config.model).clone(attention="xla")
-    return jax.jit(
-      lambda params, x, level, labels: attention_maps.attention_weights(
-        model, config, labels
-      )(params, x, level)
-    )
-
-  def _attention_shapes(self, loaded) -> dict[str, tuple[int, int]]:
-    """{block: (heads, side of its map)} of the network's attentions."""
-    config, side = loaded.config, loaded.config.data.resolution
-    x = jax.ShapeDtypeStruct((1, side, side, config.model.channels), "float32")
-    one = lambda dtype: jax.ShapeDtypeStruct((1,), dtype)
-    labels = one("int32") if config.model.num_classes else None
-    found = jax.eval_shape(
-      self._attention(config), loaded.params, x, one("float32"), labels
-    )
-    return {
-      name: (a.shape[2], round((a.shape[1] * a.shape[3]) ** 0.5))
-      for name, a in found.items()
-    }
-
   def _visible(self, samples: np.ndarray) -> np.ndarray:
     """Samples as uint8; of latents without a VAE their first channels."""
     if samples.dtype == np.uint8:
@@ -309,3 +277,20 @@ class Studio:
     while len(self._made) > 12:
       self._made.popitem(last=False)
     return self._made[key]
+
+
+def _make_mesh():
+  """The devices; on Linux the threads that compute on CPUs let others first.
+
+  So the server answers, and a browser on this machine shows it, while batches
+  are made. A thread hands its priority on to those that it starts, and JAX
+  starts its own with the first look for devices.
+  """
+
+  def step_back():
+    if sys.platform == "linux":
+      where = os.PRIO_PROCESS, threading.get_native_id()
+      os.setpriority(*where, os.getpriority(*where) + _NICENESS)
+
+  with futures.ThreadPoolExecutor(1, initializer=step_back) as aside:
+    return aside.submit(make_mesh).result()

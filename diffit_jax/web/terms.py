@@ -48,6 +48,8 @@ class Strip(NamedTuple):
 class Attention(NamedTuple):
   """What one token reads at one evaluation."""
 
-  weights: np.ndarray  # [side, side], NaN outside of the token's window
+  # Of the network, and of the one beside it if any; [side, side] each, NaN
+  # outside of the token's window.
+  maps: list[np.ndarray]
   bias: np.ndarray | None  # [2W - 1, 2W - 1] by (row, column) offset
   state: np.ndarray  # uint8 [h, w, c], what the network sees

@@ -16,6 +16,7 @@ FLAGS = (
   "--no-sandbox --disable-gpu --disable-quic --no-first-run"
   " --disable-background-networking --disable-component-update --disable-sync"
 ).split()
+AUDIT = pathlib.Path(__file__).parent / "audit"
 _PAGE = re.compile(r"^page: (http://\S+)$", re.M)
 
 
@@ -33,7 +34,7 @@ class Server:
           **os.environ,
           "AUDIT_LOG": str(self.audit),
           "JAX_PLATFORMS": "cpu",
-          "PYTHONPATH": str(pathlib.Path(__file__).parent / "audit"),
+          "PYTHONPATH": str(AUDIT),
           "XLA_FLAGS": FAST_COMPILE,
           **env,
         },
@@ -55,7 +56,17 @@ class Server:
   def said(self) -> str:
     return self.log.read_text()
 
-  def stop(self, number: int = signal.SIGTERM) -> int:
-    """Ends it by a signal; returns its exit code."""
+  def stop(self, number: int = signal.SIGTERM) -> None:
+    """Ends it by a signal: it goes at once, and has told of nothing else."""
     self.process.send_signal(number)
-    return self.process.wait(timeout=20)
+    assert self.process.wait(timeout=5) == 0
+    assert re.fullmatch(r"page: \S+\n", self.said())
+
+  def __enter__(self) -> "Server":
+    return self
+
+  def __exit__(self, *_) -> None:
+    """Ends it; it has asked for no address beyond this machine."""
+    if self.process.poll() is None:
+      self.stop()
+    assert self.audit.read_text() == ""

@@ -1,6 +1,7 @@
 """What the page reads of a run's folder, and what it does not."""
 
 import json
+import types
 
 import numpy as np
 from PIL import Image
@@ -68,6 +69,49 @@ def test_grids_are_those_of_the_trainer_in_order_of_step(run):
   assert [(grid.step, grid.average) for grid in grids] == [(20, "edm")]
   written = np.asarray(Image.open(run / "samples/samples_edm_00000020.png"))
   np.testing.assert_array_equal(grids[0].image[..., 0], written)
+
+
+def test_a_look_changes_with_every_file_that_is_shown(run):
+  before = run_view.look(run)
+  assert run_view.look(run) == before and len(before) == 2
+  (run / "config.json").write_text("{}")
+  assert run_view.look(run) == before  # shown nowhere
+  for folder, name in (
+    ("evaluation", "a.json"), ("demo", "card.json"),
+    ("samples", "samples_edm_00000030.png"),
+    ("tensorboard", "events.out.tfevents.2"),
+  ):  # fmt: skip
+    (run / folder).mkdir(exist_ok=True)
+    (run / folder / name).write_text("")
+    now = run_view.look(run)
+    assert len(now) == len(before) + 1
+    (run / folder / name).write_text("more")
+    before = run_view.look(run)
+    assert before != now
+
+
+def test_an_unchanged_run_sends_its_pictures_once(run):
+  import gradio as gr  # not there where these tests are not run
+
+  from diffit_jax.web import run_tab
+
+  with gr.Blocks(), gr.Tab("Run") as tab:
+    view = run_tab.RunTab(types.SimpleNamespace(workdir=run), tab)
+
+  def read(shown):
+    """(ids of the galleries that are sent, files that the page then shows)."""
+    sent = {}
+    for update in view.read(shown):
+      for component, value in update.items():
+        sent[component.elem_id or type(component)] = value
+    return sent.keys() & {"curves", "grids"}, sent[gr.State]
+
+  sent, shown = read(None)
+  assert sent == {"curves", "grids"}
+  assert read(shown) == (set(), shown)
+  (run / "samples/samples_edm_00000030.png").write_bytes(b"")
+  sent, after = read(shown)
+  assert sent == {"curves", "grids"} and after != shown
 
 
 def test_nothing_outside_of_the_workdir_is_read(run, tmp_path):
