@@ -1,14 +1,18 @@
 """What a token reads, in a network and in another one beside it."""
 
+from typing import TYPE_CHECKING
+
 import jax
 import numpy as np
 
 from diffit_jax import models, pictures
 from diffit_jax.errors import UserError
 from diffit_jax.generation import attention_maps
-from diffit_jax.generation.weights import Weights
 from diffit_jax.models.compute import PLAIN
 from diffit_jax.web.terms import Attention
+
+if TYPE_CHECKING:
+  from diffit_jax.generation.weights import Weights
 
 
 class Attentions:
@@ -20,7 +24,9 @@ class Attentions:
       config or, where both have the same, where it came from.
   """
 
-  def __init__(self, loaded: Weights, beside: Weights | None, path: str | None):
+  def __init__(
+    self, loaded: "Weights", beside: "Weights | None", path: str | None
+  ):
     """
     Args:
       loaded: the network.
@@ -84,7 +90,7 @@ class Attentions:
     return [*own, (self._look_beside, self._beside.params)]
 
 
-def _compile(loaded: Weights) -> tuple:
+def _compile(loaded: "Weights") -> tuple:
   """Of a network: its attention, compiled, and {block: (heads, side)}."""
   config, side = loaded.config, loaded.config.data.resolution
   model = models.make_model(config.model).clone(attention=PLAIN)
