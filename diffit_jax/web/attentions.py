@@ -1,7 +1,5 @@
 """What a token reads, in a network and in another one beside it."""
 
-from typing import TYPE_CHECKING
-
 import jax
 import numpy as np
 
@@ -10,9 +8,6 @@ from diffit_jax.errors import UserError
 from diffit_jax.generation import attention_maps
 from diffit_jax.models.compute import PLAIN
 from diffit_jax.web.terms import Attention
-
-if TYPE_CHECKING:
-  from diffit_jax.generation.weights import Weights
 
 
 class Attentions:
@@ -24,13 +19,11 @@ class Attentions:
       config or, where both have the same, where it came from.
   """
 
-  def __init__(
-    self, loaded: "Weights", beside: "Weights | None", path: str | None
-  ):
+  def __init__(self, loaded, beside, path: str | None):
     """
     Args:
-      loaded: the network.
-      beside: the other one, which sees the same; if any.
+      loaded: the network, as `generation.weights` loads it.
+      beside: the other one, which sees the same, loaded likewise; or None.
       path: where that came from.
 
     Raises:
@@ -90,7 +83,7 @@ class Attentions:
     return [*own, (self._look_beside, self._beside.params)]
 
 
-def _compile(loaded: "Weights") -> tuple:
+def _compile(loaded) -> tuple:
   """Of a network: its attention, compiled, and {block: (heads, side)}."""
   config, side = loaded.config, loaded.config.data.resolution
   model = models.make_model(config.model).clone(attention=PLAIN)
