@@ -127,7 +127,9 @@ def test_shellcheck_has_no_complaint():
 
 
 @pytest.mark.parametrize(
-  "path", sorted(LAUNCH.iterdir()), ids=lambda path: path.name
+  "path",
+  sorted(path for path in LAUNCH.rglob("*") if path.is_file()),
+  ids=lambda path: path.name,
 )
 def test_scripts_are_short_and_explained(path):
   lines = path.read_text().splitlines()
