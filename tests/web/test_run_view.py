@@ -17,7 +17,7 @@ pytestmark = pytest.mark.web
 def run(tmp_path):
   """A run with two curves and a grid, as the trainer writes them."""
   folder = tmp_path / "run"
-  writer = Writer(folder)
+  writer = Writer(folder, {})
   for step, loss in ((10, 3.0), (20, 2.0)):
     writer.scalars(step, {"grad_norm": step / 10, "loss": loss})
   images = np.arange(4 * 8 * 8, dtype=np.uint8).reshape(4, 8, 8, 1)
@@ -40,7 +40,7 @@ def card(value: float) -> str:
 
 
 def test_curves_come_with_the_loss_first_and_the_later_file_counts(run):
-  again = Writer(run)  # went on from step 10
+  again = Writer(run, {})  # went on from step 10
   again.scalars(20, {"loss": 1.5})
   again.close()
   found = run_view.read_curves(run)
