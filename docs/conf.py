@@ -48,6 +48,8 @@ add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints = "description"
+# 200 pages in the tree at the side of every page would take most of the time.
+suppress_warnings = ["toc.not_included"]
 autodoc_mock_imports = ["gradio", "fastapi", "uvicorn", "starlette"]
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True

@@ -20,6 +20,8 @@ def test_links_lead_somewhere_and_names_are_defined_there():
   for path in DOCS:
     links = re.findall(r"\[([^\]]+)\]\(([^)#:]+)\)", path.read_text())
     for text, target in links:
+      if target.startswith("api/") or target == "genindex":
+        continue  # of the site, which `make docs` makes and checks
       file = (path.parent / target).resolve()
       assert file.exists(), f"{path.name}: {target}"
       name = re.fullmatch(r"`(\w+)`", text)
