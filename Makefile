@@ -1,13 +1,18 @@
 # make demo   trains, samples and scores the digits; FRESH=1 trains anew
 # make test   the whole test suite on CPU
-# make test-web  the page in a real browser (installs gradio and chromium)
+# make test-web  the page in a real browser (installs Gradio and Chromium)
 # make dist   the wheel and the source archive in dist/, tried from an empty folder
 # make docs   the documents as a site, in docs/_build/html
 # make bench  the short benchmarks; writes docs/benchmarks.md
 PYTHON ?= python3
 BIN := .venv/bin
-# Modules are compiled when they are first imported: most never are.
+# By uv, which takes a fifth of pip's time. It does not read pip's settings:
+# where these name a mirror that uv is not told of, pip does it after all.
+# Neither compiles modules: most are never imported.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile
+PACKAGE = --constraint constraints.txt --editable '.$(EXTRAS)'
+INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(PACKAGE) || \
+  $(PIP) $(PACKAGE)
 unexport PYTHON  # the launch scripts read it, too
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
@@ -30,7 +35,7 @@ test-slow: .venv/test
 	$(BIN)/python -m pytest -m slow
 
 test-web: .venv/web
-	$(BIN)/python -m pytest -m web -n 0 -s tests/web
+	$(BIN)/python -m pytest -m web -rP tests/web
 
 dist: .venv/test
 	rm -rf dist
@@ -53,22 +58,28 @@ setup: .venv/test
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/demo: setup.py constraints.txt | .venv/bin/python
-	$(PIP) --constraint constraints.txt --editable .
+.venv/bin/uv: | .venv/bin/python
+	$(PIP) --constraint constraints.txt uv
+
+.venv/demo: setup.py constraints.txt | .venv/bin/uv
+	$(INSTALL)
 	touch $@
 
-.venv/test: setup.py constraints.txt | .venv/bin/python
-	$(PIP) --constraint constraints.txt --editable '.[test,plan]'
+.venv/test: EXTRAS := [test,plan]
+.venv/test: setup.py constraints.txt | .venv/bin/uv
+	$(INSTALL)
 	touch $@ .venv/demo
 
-.venv/web: setup.py constraints.txt | .venv/bin/python
-	$(PIP) --constraint constraints.txt --editable '.[test-web,plan,web]'
-	test -x /usr/bin/chromium || test "$$(id -u)" != 0 || \
-	  apt-get install -y chromium
+.venv/web: EXTRAS := [test-web,plan,web]
+.venv/web: setup.py constraints.txt | .venv/bin/uv
+	$(INSTALL)
+	test -x /usr/bin/chromium-headless-shell || test -x /usr/bin/chromium || \
+	  test "$$(id -u)" != 0 || apt-get install -y chromium-headless-shell
 	touch $@ .venv/test .venv/demo
 
-.venv/docs: setup.py constraints.txt | .venv/bin/python
-	$(PIP) --constraint constraints.txt --editable '.[docs]'
+.venv/docs: EXTRAS := [docs]
+.venv/docs: setup.py constraints.txt | .venv/bin/uv
+	$(INSTALL)
 	touch $@ .venv/demo
 
 # Draws the diagrams in the reader's browser, who is to ask nobody else for it.

@@ -59,6 +59,7 @@ LONG_FILES = (
   "test_placement.py",
   "test_checkpoint.py",
   "test_plan.py",
+  *("test_networks.py", "test_samples.py", "test_run.py"),  # of the page
 )
 
 
@@ -76,6 +77,16 @@ def pytest_collection_modifyitems(items):
   """Puts the long files first (needs --no-loadscope-reorder)."""
   place = {name: i for i, name in enumerate(LONG_FILES)}
   items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+def pytest_sessionfinish():
+  """Ends at once: there is a heap to look through and JAX's caches to empty.
+
+  That takes each worker of xdist some five seconds.
+  """
+  gc.freeze()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    atexit.register(os._exit, 0)  # the last to be registered is the first
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ NUM = 6  # samples, few, as Inception takes its time on a CPU
 DEBUG = {
   r"(configs/\w+\.py)": r"\1:debug",
   r"(configs/ffhq64\S+)": r"\1 --config.model.channel_mult=(1,)",
-  r"(--workdir=runs/(cats|tuned))": r"\1 --config.total_steps=2"
+  r"(main .*--workdir=runs/(cats|ffhq64|tuned))":
+  r"\1 --config.total_steps=2"
   " --config.sample_every_steps=0",
   r"--num=\d+": f"--num={NUM}",
   r"(--out=more)": r"\1 --num=2",

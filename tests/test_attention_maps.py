@@ -138,6 +138,7 @@ def test_the_maps_see_what_the_sampler_feeds_the_network():
   assert fed is x and t == 9
 
 
+@pytest.mark.slow
 def test_a_latent_model_with_its_blocks_in_a_loop():
   maps = follow(imagenet256.get_config("debug"), columns=2)
   assert list(maps.weights) == ["blocks_0", "blocks_1"]

@@ -19,7 +19,6 @@ from diffit_jax.training import log, optimizer, timing
 
 # EMA parameters -> uint8 [n, h, w, c] images of a sample grid.
 Sampler = Callable[[dict], np.ndarray]
-_param_norm = jax.jit(optax.tree.norm)
 
 
 class Evaluator(Protocol):
@@ -98,6 +97,7 @@ class Actions:
     self._sampler, self._evaluator = sampler, evaluator
     self._last_log: dict[str, float] = {}
     config = run.config
+    self._figures = _make_figures(config)
     self.table = [
       Action(config.log_every_steps, self.log),
       Action(config.save_every_steps, self.save),
@@ -128,18 +128,12 @@ class Actions:
     self._check(now)
     config, step = self._run.config, now.step
     monitor = jax.device_get(now.monitor)  # waits for the device
-    last = np.int32(step - 1)
     scalars = {
       "loss": monitor.loss / monitor.steps,
       "grad_norm": monitor.grad_norm / monitor.steps,
-      "param_norm": _param_norm(now.state.params),
-      "learning_rate": optimizer.learning_rate(
-        config.optimizer, last, config.batch_size
-      ),
+      **self._figures(now),
+      **self._clock.scalars(step, config.batch_size),
     }
-    scalars |= self._clock.scalars(step, config.batch_size)
-    for name, rule in config.ema.items():
-      scalars[f"ema_decay/{name}"] = ema.decay(rule, last, config.batch_size)
     self._last_log = {name: float(value) for name, value in scalars.items()}
     self._writer.scalars(step, self._last_log)
     if runtime.is_process_0():
@@ -201,7 +195,7 @@ class Actions:
 
   def _check_params(self, now: Now) -> None:
     self._check(now)
-    if not np.isfinite(_param_norm(now.state.params)):
+    if not np.isfinite(self._figures(now)["param_norm"]):
       self._fail("a parameter was not finite after", now.step)
 
   def _fail(self, what: str, bad_step: int) -> None:
@@ -211,6 +205,23 @@ class Actions:
       f" checkpoint is {steps[-1] if steps else 'none'}; look at the data,"
       " lower optimizer.learning_rate, or train in float32"
     )
+
+
+def _make_figures(config) -> Callable[[Now], dict[str, jax.Array]]:
+  """What is logged of the parameters and the last step, in one program."""
+  batch_size = config.batch_size
+
+  @jax.jit
+  def figures(params, last):
+    norm = optax.tree.norm(params)
+    rate = optimizer.learning_rate(config.optimizer, last, batch_size)
+    decays = {
+      f"ema_decay/{name}": ema.decay(rule, last, batch_size)
+      for name, rule in config.ema.items()
+    }
+    return {"param_norm": norm, "learning_rate": rate, **decays}
+
+  return lambda now: figures(now.state.params, np.int32(now.step - 1))
 
 
 def _grid_name(average: str) -> str:

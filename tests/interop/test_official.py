@@ -515,6 +515,7 @@ def measure_memory(small, large, out):
   return [float(word) for word in done.stdout.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
   not os.path.exists("/proc/self/status"), reason="reads Linux's RssAnon"
 )

@@ -133,6 +133,7 @@ def test_a_stopped_score_is_made_up_for(steps, run, data_dir, tmp_path):
   train(small(total_steps=5), tmp_path, data_dir)  # nothing is left
 
 
+@pytest.mark.slow
 def test_the_best_by_distance_stays(data_dir, tmp_path):
   """Distances are told; a second start knows those of the first."""
   told = {1: 9.0, 2: 3.0, 3: 5.0, 4: 4.0, 5: 3.5}

@@ -397,7 +397,8 @@ def test_no_value_is_fetched_between_logging_points(
       real(*args), train_step=fake_step
     ),
   )
-  monkeypatch.setattr(actions, "_param_norm", lambda tree: tree["w"]._touch())
+  figures = lambda now: {"param_norm": leaf._touch(), "learning_rate": 0}
+  monkeypatch.setattr(actions, "_make_figures", lambda config: figures)
   monkeypatch.setattr(
     checkpoint.Checkpoints, "save", lambda self, step, now, *_: leaf._touch()
   )

@@ -9,6 +9,7 @@ import pytest
 
 from commands import ROOT
 from diffit_jax.training.watchdog import Watchdog
+from slow import slow
 
 PROGRAM = """
 import threading, time
@@ -40,7 +41,7 @@ def run(hang: str, seconds: float = 0.5):
 
 # The second waits in C for another thread, and holds no Python lock.
 @pytest.mark.parametrize(
-  "hang", ["time.sleep(50)", "threading.Event().wait(50)"]
+  "hang", [slow("time.sleep(50)"), "threading.Event().wait(50)"]
 )
 def test_a_hanging_step_ends_the_program_and_shows_where_it_is(hang):
   start = time.monotonic()

@@ -1,24 +1,18 @@
-"""One run, one server and one browser for all tests of the page."""
+"""One run for all tests of the page; a server and a browser for each worker."""
 
 import pathlib
 import re
 
 import pytest
 
-import commands
 from web.driving import button
 from web.serving import CHROMIUM, FLAGS, Server
 
 
 @pytest.fixture(scope="session")
-def workdir(tmp_path_factory, data_dir) -> pathlib.Path:
+def workdir(digits_run) -> pathlib.Path:
   """A short run of a small network on the digits; to be read."""
-  folder = tmp_path_factory.mktemp("page") / "run"
-  commands.succeed(
-    f"main --config=configs/digits.py:debug --workdir={folder}",
-    TFDS_DATA_DIR=data_dir,
-  )
-  return folder
+  return digits_run
 
 
 @pytest.fixture(scope="session")
