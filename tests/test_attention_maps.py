@@ -75,6 +75,7 @@ def follow(config, **kwargs):
   return attention_maps.follow(loaded, 4, seed=0, labels=None, **kwargs)
 
 
+@pytest.mark.slow
 def test_the_trajectory_is_that_of_the_samples():
   """It begins at 80 times the noise of sample 0, and falls to 0.002."""
   config = digits.get_config("debug")

@@ -86,6 +86,7 @@ def test_diagrams_show_the_modules_and_their_shapes(title, config):
   assert f"{num:,} parameters" in ARCHITECTURE
 
 
+@pytest.mark.slow
 def test_other_counts():
   _, num = shapes(cifar10.get_config())
   assert f"{num:,} parameters" in ARCHITECTURE

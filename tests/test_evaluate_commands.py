@@ -13,6 +13,7 @@ import commands
 from diffit_jax import claim
 from diffit_jax.evaluation import card
 from readme_run import NUM
+from slow import slow
 import two_processes as driver
 
 RNG = np.random.default_rng(0)
@@ -215,8 +216,80 @@ def test_kept_samples_are_those_of_sample(place, digits, data_dir):
   assert kept == again
 
 
-def test_mistakes_end_in_one_line(place, digits, options, statistics, data_dir):
-  of_digits = f"--features=digits --reference=digits --data_dir={data_dir}"
+# What is wrong with a command, and words of the sentence that says so.
+MISTAKES = (
+  ("{samples} --reference=ffhq64 --out={place}/x.json", "--inception"),
+  slow(
+    "{samples} {of_digits} --out={place}/x.json",
+    "are 64x64 (height x width), the reference digits is of 8x8",
+  ),
+  slow(
+    "--samples={place}/floats.npz --reference={place}/ffhq64.npz"
+    " --out={place}/x.json {options}",
+    "float64",
+  ),
+  (
+    "{samples} --reference={place}/ffhq64.npz --out={place}/x.json"
+    " --inception={place}/half.safetensors",
+    "partial download",
+  ),
+  (
+    "{samples} --reference={place}/ffhq64.npz --out={place}/x.json {options}"
+    " --resize=pytorch_fid",
+    "were made with another extractor",
+  ),
+  (
+    "{samples} --reference={place}/labelled --per_class --out={place}/x.json"
+    " --features=pixels",
+    "--per_class needs labels",
+  ),
+  (
+    "--workdir={digits} {of_digits} --sweep=seed=1,2 --out={place}/y",
+    "with a field of guidance_scale",
+  ),
+  ("--compare {place}/floats.npz", "floats.npz"),
+  (
+    "{samples} --reference={place}/ffhq64.npz --out={place} {options}",
+    "is a folder",
+  ),
+  ("--out={place}/x.json", "--samples"),
+  ("{samples} --out={place}/x.json", "--reference"),
+  ("{samples} --reference=ffhq64", "--out"),
+  (
+    "{samples} --reference={place}/no.npz --out={place}/x.json"
+    " --features=pixels",
+    "no.npz",
+  ),
+  (
+    "{samples} --reference={place}/ffhq64.npz --out={place}/x.json"
+    " --inception={place}/w.pth",
+    "is a pickle and is never loaded",
+  ),
+  (
+    "{samples} --reference=ffhq64 --per_class --out={place}/x.json {options}"
+    " --features=pixels",
+    "--per_class needs a reference with labels",
+  ),
+  (
+    "{samples} --reference={place}/samples --num=7 --out={place}/x.json"
+    " --features=pixels",
+    "--num=7 is more than the 6 images",
+  ),
+  (
+    "{samples} --reference={place}/ffhq64.npz --metrics=fud"
+    " --out={place}/x.json {options}",
+    "'fud' is not among fid",
+  ),
+  ("{samples} {of_digits} --sweep=steps=1 --out={place}/y", "goes with"),
+  ("{samples} {of_digits} --guide=x --out={place}/y", "--guide is for"),
+  ("--build_reference=ffhq64 --out={place}/x.json {options}", ".npz"),
+  ("stray", "unexpected argument 'stray'"),
+)
+
+
+@pytest.fixture(scope="module")
+def wrong(place):
+  """The folder, with what is no input."""
   np.savez(place / "floats.npz", arr_0=RNG.normal(size=(9, 32, 32, 3)))
   half = (place / "inception.safetensors").read_bytes()[:1_000_000]
   (place / "half.safetensors").write_bytes(half)
@@ -225,79 +298,22 @@ def test_mistakes_end_in_one_line(place, digits, options, statistics, data_dir):
     path = place / "labelled" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(RNG.integers(0, 256, (64, 64, 3), np.uint8)).save(path)
-  samples = f"--samples={place}/samples"
-  for arguments, message in (
-    (f"{samples} --reference=ffhq64 --out={place}/x.json", "--inception"),
-    (f"--out={place}/x.json", "--samples"),
-    (f"{samples} --out={place}/x.json", "--reference"),
-    (f"{samples} --reference=ffhq64", "--out"),
-    (
-      f"{samples} --reference={place}/no.npz --out={place}/x.json"
-      " --features=pixels",
-      "no.npz",
-    ),
-    (
-      f"{samples} {of_digits} --out={place}/x.json",
-      "are 64x64 (height x width), the reference digits is of 8x8",
-    ),
-    (
-      f"--samples={place}/floats.npz --reference={statistics}"
-      f" --out={place}/x.json {options}",
-      "float64",
-    ),
-    (
-      f"{samples} --reference={statistics} --out={place}/x.json"
-      f" --inception={place}/half.safetensors",
-      "partial download",
-    ),
-    (
-      f"{samples} --reference={statistics} --out={place}/x.json"
-      f" --inception={place}/w.pth",
-      "is a pickle and is never loaded",
-    ),
-    (
-      f"{samples} --reference={statistics} --out={place}/x.json {options}"
-      " --resize=pytorch_fid",
-      "were made with another extractor",
-    ),
-    (
-      f"{samples} --reference=ffhq64 --per_class --out={place}/x.json"
-      f" {options} --features=pixels",
-      "--per_class needs a reference with labels",
-    ),
-    (
-      f"{samples} --reference={place}/labelled --per_class"
-      f" --out={place}/x.json --features=pixels",
-      "--per_class needs labels",
-    ),
-    (
-      f"{samples} --reference={place}/samples --num=7 --out={place}/x.json"
-      " --features=pixels",
-      "--num=7 is more than the 6 images",
-    ),
-    (
-      f"{samples} --reference={statistics} --metrics=fud --out={place}/x.json"
-      f" {options}",
-      "'fud' is not among fid",
-    ),
-    (
-      f"--workdir={digits} {of_digits} --sweep=seed=1,2 --out={place}/y",
-      "with a field of guidance_scale",
-    ),
-    (f"{samples} {of_digits} --sweep=steps=1 --out={place}/y", "goes with"),
-    (f"{samples} {of_digits} --guide=x --out={place}/y", "--guide is for"),
-    (f"--build_reference=ffhq64 --out={place}/x.json {options}", ".npz"),
-    (f"--compare {place}/floats.npz", "floats.npz"),
-    (
-      f"{samples} --reference={statistics} --out={place} {options}",
-      "is a folder",
-    ),
-    ("stray", "unexpected argument 'stray'"),
-  ):
-    line = commands.last_error(f"evaluate {arguments}")
-    assert message in line, (arguments, line)
-  assert not (place / "x.json").exists() and not (place / "y").exists()
-  assert not list(place.glob("[xy]*.claim"))
+  return place
+
+
+@pytest.mark.parametrize("arguments, message", MISTAKES)
+def test_mistakes_end_in_one_line(
+  arguments, message, wrong, digits, options, data_dir
+):
+  of_digits = f"--features=digits --reference=digits --data_dir={data_dir}"
+  arguments = arguments.format(
+    samples=f"--samples={wrong}/samples", of_digits=of_digits, place=wrong,
+    options=options, digits=digits,
+  )  # fmt: skip
+  line = commands.last_error(f"evaluate {arguments}")
+  assert message in line, (arguments, line)
+  assert not (wrong / "x.json").exists() and not (wrong / "y").exists()
+  assert not list(wrong.glob("[xy]*.claim"))
 
 
 def test_two_evaluations_do_not_write_one_card(place):

@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 
 import commands
+from slow import slow
 from tiny_vae import write_vae
 
 LATENT = "configs/imagenet256.py:debug"
@@ -115,6 +116,7 @@ def test_without_a_vae_latents_are_written_and_said_to_be(workdir, tmp_path):
     assert file["arr_0"].dtype == np.float32 and file["arr_0"].std() > 0
 
 
+@pytest.mark.slow
 def test_another_vae_is_warned_of_and_options_reach_the_solver(
   workdir, folder, tmp_path
 ):
@@ -138,12 +140,12 @@ def test_another_vae_is_warned_of_and_options_reach_the_solver(
   [
     ("--labels=4", "beyond the model's classes 0..2"),
     ("--steps=1001", "steps=1001 must be from 1 to 1000"),
-    ("--steps=0", "steps=0"),
-    ("--solver=edm_heun", "not for a model of diffusion.kind='adm'"),
+    slow("--steps=0", "steps=0"),
+    slow("--solver=edm_heun", "not for a model of diffusion.kind='adm'"),
     ("--guidance_scale=nan", "must be finite"),
-    ("--guidance_interval=a,b", "write two noise levels"),
+    slow("--guidance_interval=a,b", "write two noise levels"),
     ("--solver_options=eta=1", "solver 'ddpm' has no option 'eta'"),
-    ("--vae={folder}/images", "config.json"),
+    slow("--vae={folder}/images", "config.json"),
     ("--vae={folder}/wide_vae", "makes 8 channels from 3"),
     ("--vae={folder}/scaled_vae", "scaling_factor 0.5.*0.18215"),
   ],
@@ -162,11 +164,11 @@ def test_wrong_sampling_input(options, message, workdir, folder, tmp_path):
   [
     ("--vae={folder}/other_vae", "VAE"),
     ("--config.autoencoder.scaling_factor=0.5", "0.5.*0.18215|0.18215.*0.5"),
-    ("--config.model.channels=8", "8 .*4|4 .*8"),
+    slow("--config.model.channels=8", "8 .*4|4 .*8"),
     ("--config.model.input_size=8", "input_size=8 must be the side"),
-    ("--config.model.patch_size=3", "patch"),
+    slow("--config.model.patch_size=3", "patch"),
     ("--config.init_from={folder}/weights.pth", "pickle.*never loaded"),
-    ("--config.init_from={folder}/none.safetensors", "is not a file"),
+    slow("--config.init_from={folder}/none.safetensors", "is not a file"),
   ],
 )
 def test_wrong_training_input(options, message, folder, tmp_path):

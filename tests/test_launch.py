@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import commands
+from slow import slow
 
 LAUNCH = commands.ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
@@ -254,7 +255,7 @@ def test_a_machine_starts_again_until_done(stubs, codes, starts, result):
 
 
 @pytest.mark.parametrize("is_slow", [False, True])
-@pytest.mark.parametrize("script, num", [("single", 1), ("local", 2)])
+@pytest.mark.parametrize("script, num", [slow("single", 1), ("local", 2)])
 def test_sigterm_goes_on_to_the_program_and_ends_the_script(
   stubs, tmp_path, script, num, is_slow
 ):

@@ -77,6 +77,7 @@ def test_a_weight_of_0_is_the_guide_where_no_variance_counts():
   np.testing.assert_allclose(found, guides, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_both_kinds_of_guidance_at_once():
   main, other = made_up("flow", 0), made_up("flow", 1, **SMALLER["flow"])
   both = run(main, 2.0, other, guidance_scale=3.0)

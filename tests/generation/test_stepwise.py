@@ -17,7 +17,7 @@ MESH = make_mesh(devices=jax.devices()[:1])
 @pytest.mark.parametrize(
   "file, variants, fields",
   [
-    (digits, "debug", dict(solver_options="S_churn=9.0", steps=4)),
+    slow(digits, "debug", dict(solver_options="S_churn=9.0", steps=4)),
     slow(
       digits_latent, "debug", dict(steps=6, guidance_interval=(200.0, 700.0))
     ),

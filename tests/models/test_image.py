@@ -61,7 +61,7 @@ def jitted(model):
       dict(channel_mult=(1, 2, 2), window_size=4, num_blocks=2),
       15_871_011,
     ),
-    (64, dict(), 44_789_603),
+    slow(64, dict(), 44_789_603),
     slow(64, dict(num_blocks=(1, 2, 2, 2)), 23_789_231),
   ],
 )
@@ -155,10 +155,10 @@ def test_downsampling_pads_both_sides_by_one():
   [
     slow(dict(skip="add")),
     dict(skip="per_block", num_blocks=(2, 1)),
-    dict(resize="bilinear"),
+    slow(dict(resize="bilinear")),
     slow(dict(decoder_in_conv=True)),
     slow(dict(head_act="none")),
-    dict(num_classes=10, augment_dim=0),
+    slow(dict(num_classes=10, augment_dim=0)),
     slow(dict(window_size=None)),
     slow(dict(dtype=jnp.bfloat16)),
     slow(dict(channels=1, channel_mult=(1, 1, 1))),

@@ -66,12 +66,9 @@ SCANNED = (
 FAST = (
   "cifar10:debug",
   "cifar10:debug,rung=A",
-  "cifar10:debug,rung=D",
   "cifar10_song:debug,tmsa",
   "cifar10_song:debug,network=ncsnpp",
   "digits:debug",
-  "digits:debug,time_in=rpb_time",
-  "digits:debug,time_in=mlp_time",
   "digits:debug,time_in=separate",
   "digits_latent:debug",
   "imagenet256:debug,modulation=dit",

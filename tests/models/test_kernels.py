@@ -21,6 +21,7 @@ from diffit_jax.models.kernels import probe as probe_lib
 from diffit_jax.models.kernels.plain import attend
 from diffit_jax.training import checks
 from diffit_jax.training import program as program_lib
+from slow import slow
 
 SHAPE = AttentionShape(tokens=16, heads=2, width=16, bias="shared")
 
@@ -54,7 +55,7 @@ def in_another_order(q, k, v, bias):
   return ((parts[0] + parts[1]) / total).astype(v.dtype)
 
 
-@pytest.mark.parametrize("bias", ["shared", "each", "none"])
+@pytest.mark.parametrize("bias", [slow("shared"), "each", "none"])
 def test_a_right_kernel_passes(bias):
   probe(in_another_order, bias)
 
@@ -125,9 +126,9 @@ def transposed(q, k, v, bias):
   "kernel, what",
   [
     (without_bias, "output"),
-    (without_scale, "output"),
+    slow(without_scale, "output"),
     (transposed, "output"),
-    (without_bias_gradient, r"d\(bias\)"),
+    slow(without_bias_gradient, r"d\(bias\)"),
     (bias_of_one_window, r"d\(bias\)"),
   ],
 )

@@ -273,6 +273,7 @@ def test_remat_recomputes(scan):
   assert none < dots < full < 4 / 3 * none
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_gradients():
   params = latent.stack_blocks(golden_params())
   plain = jax.jit(loss_gradient("none", scan=True))(params)

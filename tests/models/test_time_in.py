@@ -174,6 +174,7 @@ def count(arg):
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 def test_parameter_counts_of_the_digits_variants():
   """What each alternative has instead of the linear map to q, k and v."""
   widths = {32: 0, 64: 0}

@@ -13,6 +13,7 @@ from diffit_jax.parallel.mesh import make_mesh
 from diffit_jax.run import ema, posthoc, snapshots, storage
 from diffit_jax.run.posthoc import Profile
 from diffit_jax.training import checks
+from slow import slow
 
 WIDTHS = (0.05, 0.10)
 
@@ -195,7 +196,7 @@ def abstract_on(mesh):
   return sharding.with_sharding(tree, sharding.tree_sharding(mesh, tree))
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [slow(1), 8])
 def test_reconstruction_from_files(run, devices):
   folder, weights = run
   mesh = make_mesh(1, devices, devices=jax.devices()[:devices])

@@ -17,6 +17,7 @@ from diffit_jax import sampling
 from diffit_jax.diffusion import edm
 from diffit_jax.errors import UserError
 from diffit_jax.sampling import continuous
+from slow import slow
 import vp_problems as vp
 
 M, S, P = 0.3, 0.5, 0.3
@@ -87,7 +88,7 @@ def test_two_points_are_told_apart(x64, solver):
 
 
 @pytest.mark.parametrize("solver", [*DETERMINISTIC, "euler_maruyama"])
-@pytest.mark.parametrize("n", [1, 2, 3, 7])
+@pytest.mark.parametrize("n", [1, 2, slow(3), slow(7)])
 def test_both_ends_are_reached_without_nan(solver, n):
   """Pure noise gives the mean; the last step is the last prediction itself."""
   seen = []

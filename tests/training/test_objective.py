@@ -143,7 +143,9 @@ def test_latents_are_drawn_from_the_scaled_posterior():
   assert abs(early.std() - 1) < 0.12
 
 
-@pytest.mark.parametrize("name", [slow("digits"), "ffhq64", "digits_latent"])
+@pytest.mark.parametrize(
+  "name", [slow("digits"), "ffhq64", slow("digits_latent")]
+)
 def test_a_sample_meets_the_same_draws_in_any_row(name):
   config = {"digits": digits, "ffhq64": ffhq64, "digits_latent": digits_latent}[
     name
