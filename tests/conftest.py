@@ -79,13 +79,13 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
-def pytest_sessionfinish():
+def pytest_sessionfinish(session):
   """Ends at once: there is a heap to look through and JAX's caches to empty.
 
   That takes each worker of xdist some five seconds.
   """
   gc.freeze()
-  if "PYTEST_XDIST_WORKER" in os.environ:
+  if hasattr(session.config, "workerinput"):  # it is one
     atexit.register(os._exit, 0)  # the last to be registered is the first
 
 
