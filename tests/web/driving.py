@@ -42,6 +42,11 @@ def open_settings(page) -> None:
   if not steps.is_visible():
     page.get_by_role("button", name="Solver, guidance, weights").click()
     steps.wait_for()
+    # What is filled in before the boxes are painted is lost.
+    page.evaluate(
+      """() => new Promise(done => requestAnimationFrame(
+        () => requestAnimationFrame(done)))"""
+    )
 
 
 def choose(page, label: str, option: str) -> None:
