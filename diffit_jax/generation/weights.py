@@ -221,6 +221,7 @@ def load_guide(
     config = None if native.is_native(file.path) else main.config
     found = _from_found(file, mesh, ema, config)
   _check_fit(f"--{flag}={path}", found.config, main.config)
+  _warn_of_other_latents(f"--{flag}={path}", found.config, main.config)
   return found
 
 
@@ -243,9 +244,26 @@ def _check_fit(given: str, other, main) -> None:
       )
 
 
+def _vae_of(config) -> str | None:
+  """SHA-256 of the VAE that made the latents of a run, where it is known."""
+  return config.get("data_identity", {}).get("vae_hash")
+
+
+def _warn_of_other_latents(given: str, other, main) -> None:
+  own, wanted = _vae_of(other), _vae_of(main)
+  if None not in (own, wanted) and own != wanted:
+    logging.warning(
+      "%s was trained on latents of another VAE (SHA-256 %s...) than this"
+      " network (%s...); they agree only where the two share their encoder",
+      given,
+      own[:12],
+      wanted[:12],
+    )
+
+
 def warn_of_another_vae(config: config_dict.ConfigDict, codec) -> None:
   """Says so where the latents were not made by the VAE that decodes them."""
-  trained = config.get("data_identity", {}).get("vae_hash")
+  trained = _vae_of(config)
   if codec is not None and trained not in (None, codec.hash):
     logging.warning(
       "the model was trained on latents of another VAE (SHA-256 %s...) than the"

@@ -134,6 +134,16 @@ def test_a_guide_that_does_not_fit_is_refused(kind, model, message, tmp_path):
     weights.load_guide(path, MESH, made_up("flow", 0))
 
 
+def test_a_guide_trained_on_latents_of_another_vae_is_told(tmp_path, caplog):
+  main, other = made_up("flow", 0), made_up("flow", 1)
+  for hashes, is_told in (("ab", True), ("aa", False), (("a", None), False)):
+    caplog.clear()
+    for weight, sha in zip((main, other), hashes):
+      weight.config.data_identity = {"vae_hash": sha and sha * 64}
+    weights.load_guide(write(tmp_path, other), MESH, main)
+    assert ("latents of another VAE (SHA-256 bbbb" in caplog.text) == is_told
+
+
 def test_a_guide_of_another_resolution_or_without_weights(tmp_path):
   other = made_up("flow", 1)
   other.config.data.resolution = other.config.model.input_size = 8
