@@ -6,9 +6,10 @@ Tests start it, or other programs, side by side with `run_all`.
       [FATE STEP]
 
 FATE is what befalls the last process while batch STEP is put on its devices:
-`term` is SIGTERM, `kill` is SIGKILL, `fail` an error that no other process
-meets, `hang` makes it wait for ever; `kill_all` is SIGKILL to each. Every loss
-and the samples of every batch go to WORKDIR/process_<i>.jsonl.
+`term` is SIGTERM, `kill` is SIGKILL once a step is saved, `fail` an error that
+no other process meets, `hang` makes it wait for ever; `kill_all` is SIGKILL to
+each. Every loss and the samples of every batch go to
+WORKDIR/process_<i>.jsonl.
 """
 
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from configs import digits
 from diffit_jax import cli
 from diffit_jax.errors import UserError
 from diffit_jax.parallel import runtime
+from diffit_jax.run import checkpoint
 
 BATCH = 16
 FRIGHTENING = ("Traceback", "rror", "RNING", "Fatal")  # words of no good end
@@ -133,6 +135,8 @@ def main(workdir, data_dir, coordinator, num, process, fate="", at="-1"):
       raise UserError("the disk of this host is gone")
     if fate == "hang":
       time.sleep(1000)
+    while fate == "kill" and not checkpoint.list_steps(workdir):
+      time.sleep(0.01)  # it is saved in the background
     os.kill(os.getpid(), signals[fate.removesuffix("_all")])
 
   cluster = runtime.detect(coordinator, int(num), int(process), {})
