@@ -10,7 +10,7 @@ import time
 
 from commands import FAST_COMPILE, ROOT
 
-# The first that is there: without a window it takes half of the time.
+# The first that is there: without a window it takes three fifths of the CPU.
 BROWSERS = ("/usr/bin/chromium-headless-shell", "/usr/bin/chromium")
 CHROMIUM = next(filter(os.path.exists, BROWSERS), BROWSERS[0])
 # No service of the browser's maker is asked, and root needs no sandbox.
