@@ -11,8 +11,8 @@ BIN := .venv/bin
 # Neither compiles modules: most are never imported.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile
 PACKAGE = --constraint constraints.txt --editable '.$(EXTRAS)'
-INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(PACKAGE) || \
-  $(PIP) $(PACKAGE)
+BY_UV := $(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python
+INSTALL = $(BY_UV) $(PACKAGE) || $(PIP) $(PACKAGE)
 unexport PYTHON  # the launch scripts read it, too
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2

@@ -79,13 +79,18 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
+def _is_worker(config) -> bool:
+  """Of xdist. Its variables are those of a pytest that a test starts, too."""
+  return hasattr(config, "workerinput")
+
+
 def pytest_sessionfinish(session):
   """Ends at once: there is a heap to look through and JAX's caches to empty.
 
   That takes each worker of xdist some five seconds.
   """
   gc.freeze()
-  if hasattr(session.config, "workerinput"):  # it is one
+  if _is_worker(session.config):
     atexit.register(os._exit, 0)  # the last to be registered is the first
 
 
@@ -98,16 +103,17 @@ def x64():
     yield
 
 
-def _once(tmp_path_factory, name: str, make):
+def _once(config, tmp_path_factory, name: str, make):
   """A folder that the first worker of xdist that asks for it fills for all.
 
   Args:
+    config: pytest's.
     tmp_path_factory: pytest's.
     name: of the folder.
     make: fills an empty folder.
   """
   base = tmp_path_factory.getbasetemp()
-  if "PYTEST_XDIST_WORKER" in os.environ:
+  if _is_worker(config):
     base = base.parent
   folder, done = base / name, base / f"{name}.done"
   with open(base / f"{name}.lock", "w") as lock:
@@ -121,7 +127,7 @@ def _once(tmp_path_factory, name: str, make):
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory) -> str:
+def data_dir(pytestconfig, tmp_path_factory) -> str:
   """A data directory with the prepared digits."""
   from diffit_jax.data import preparation
   from diffit_jax.data.builders import digits
@@ -129,11 +135,11 @@ def data_dir(tmp_path_factory) -> str:
   make = lambda folder: preparation.prepare(
     **digits.recipe(), data_dir=str(folder)
   )
-  return str(_once(tmp_path_factory, "data", make))
+  return str(_once(pytestconfig, tmp_path_factory, "data", make))
 
 
 @pytest.fixture(scope="session")
-def digits_run(data_dir, tmp_path_factory):
+def digits_run(data_dir, pytestconfig, tmp_path_factory):
   """The workdir of a finished debug run of `main` on the digits, to be read."""
   import commands
 
@@ -141,12 +147,12 @@ def digits_run(data_dir, tmp_path_factory):
     f"main --config=configs/digits.py:debug --workdir={folder}"
     f" --data_dir={data_dir} --profile_steps=3:5"
   )
-  return _once(tmp_path_factory, "digits_run", make)
+  return _once(pytestconfig, tmp_path_factory, "digits_run", make)
 
 
 @pytest.fixture(scope="session")
-def readme(tmp_path_factory):
+def readme(pytestconfig, tmp_path_factory):
   """The folder in which the README's commands ran; to be read."""
   import readme_run
 
-  return _once(tmp_path_factory, "readme", readme_run.run_all)
+  return _once(pytestconfig, tmp_path_factory, "readme", readme_run.run_all)

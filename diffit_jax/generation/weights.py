@@ -198,7 +198,8 @@ def load_guide(
   It may be any network of the same kind of diffusion that makes the same
   samples: a smaller one, one trained for less long, an earlier step or another
   average. One that was trained by another objective is refused: what it
-  predicts belongs to other noise levels.
+  predicts belongs to other noise levels. One that was trained on latents of
+  another VAE is warned of.
 
   Args:
     path: a workdir, a .safetensors file or the address of one on the Hub; a
@@ -220,8 +221,9 @@ def load_guide(
     file = hub.fetch(path)
     config = None if native.is_native(file.path) else main.config
     found = _from_found(file, mesh, ema, config)
-  _check_fit(f"--{flag}={path}", found.config, main.config)
-  _warn_of_other_latents(f"--{flag}={path}", found.config, main.config)
+  given = f"--{flag}={path}"
+  _check_fit(given, found.config, main.config)
+  _warn_of_other_latents(given, found.config, main.config)
   return found
 
 

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import statistics
 import time
 
 import numpy as np
@@ -113,8 +114,7 @@ def test_stop_ends_one_tab_and_the_page_answers_meanwhile(open_page):
     clear(other)
     waits.append(other.evaluate(ANSWER))
   print("answers while it samples:", *(f"{wait:.2f}" for wait in waits), "s")
-  # The best: on a machine that others share, a median of 0.24 s was seen.
-  assert min(waits) < 0.3
+  assert statistics.median(waits) < 0.3
   assert not page.get_by_text(re.compile("^done|^stopped")).count()
   button(page, "Stop").click()
   assert ended(page, "done|stopped") == "stopped"
